@@ -1,0 +1,5 @@
+"""`python -m gymlink` is `gymlink`."""
+
+from gymlink.cli import main
+
+main()

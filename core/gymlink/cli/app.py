@@ -1,0 +1,93 @@
+"""`gymlink`: the commands, and how an error becomes one clear message with the right exit status."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gymlink import __version__
+from gymlink.errors import ConfigError, GymlinkError, PluginError
+
+app = typer.Typer(
+    name="gymlink",
+    help="Train language-model agents in NeMo Gym environments with the trainer you already use.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+FOUND_WRONG = 1
+USED_WRONGLY = 2
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    framework: Annotated[str, typer.Option(help="The trainer to demonstrate.")] = "trl",
+    output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; by default enough to learn.")] = None,
+) -> None:
+    """Train a tiny model in a real NeMo Gym environment, without a GPU and without downloads of models."""
+    from gymlink.demo import run_demo
+
+    console = Console()
+    problems = run_demo(framework, output, steps, console)
+    for problem in problems:
+        console.print(f"Found wrong: {problem}.", style="red", highlight=False)
+    if problems:
+        raise typer.Exit(FOUND_WRONG)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
+)
+def train(
+    context: typer.Context,
+    framework: Annotated[str, typer.Argument(help="The trainer: trl.")],
+    config: Annotated[Path, typer.Option(help="The run file: the trainer's own settings and `gym_config`.")],
+) -> None:
+    """Run the trainer's own training loop with rollouts from NeMo Gym. Further options go to the trainer."""
+    from gymlink.plugins import find_framework, resolve
+
+    resolve(find_framework(framework).train)(config, context.args)
+
+
+def main() -> None:
+    """The program. Turns gymlink's errors into one message on standard error and an exit status."""
+    # A terminated program leaves through its `finally` blocks, so that Gym's servers are stopped.
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        app()
+    except (ConfigError, PluginError) as error:
+        _complain(error)
+        sys.exit(USED_WRONGLY)
+    except GymlinkError as error:
+        _complain(error)
+        sys.exit(FOUND_WRONG)
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _complain(error: GymlinkError) -> None:
+    Console(stderr=True).print(f"gymlink: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,209 @@
+"""The demo: train a tiny model in a real Gym environment through a real trainer, and check what must hold.
+
+This module knows stages, figures and files; the trainer's part is behind its plugin's `demo` function.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from gymlink.errors import ConfigError, PluginError
+from gymlink.plugins import find_framework, resolve
+
+ENDS = 5
+"""`reward_first` and `reward_last` are means over this many steps."""
+
+MAX_LOGPROB_ERROR = 1e-4
+SETUP_STARTED = "GYMLINK_SETUP_STARTED"
+"""Environment variable: the unix time at which set-up began, when something before this program did a part of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoRequest:
+    """What a plugin's demo is asked to do.
+
+    It trains the `keypad` environment found under `environments`, leaves `rollouts.jsonl` in `output`, tells
+    `report` what it waits for, calls `on_start` with the number of steps when training begins and `on_step` after
+    each with that step's figures ("step" and "reward" at least).
+    """
+
+    output: Path
+    environments: Path
+    steps: int | None
+    report: Callable[[str], None]
+    on_start: Callable[[int], None]
+    on_step: Callable[[Mapping[str, float]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What a plugin's demo measured. `rewards` has the mean reward of each step; times are in seconds."""
+
+    framework: str
+    framework_version: str
+    gym_version: str
+    environment: str
+    steps: int
+    rollouts: int
+    failed: int
+    rewards: Sequence[float]
+    prefix_breaks: int
+    tokens_sampled: int
+    tokens_trained: int
+    tokens_dropped: int
+    max_logprob_error: float
+    seconds_train: float
+
+    def summary(self, seconds_setup: float) -> dict[str, object]:
+        """The content of `summary.json`."""
+        figures = asdict(self)
+        rewards = figures.pop("rewards")
+        return figures | {
+            "reward_first": fmean(rewards[:ENDS]),
+            "reward_last": fmean(rewards[-ENDS:]),
+            "seconds_setup": round(seconds_setup, 2),
+        }
+
+
+def environments_root() -> Path:
+    """The folder with the environments that gymlink ships, laid out as Gym expects."""
+    package = Path(__file__).resolve().parent
+    candidates = (package / "environments", package.parents[1] / "examples" / "environments")
+    for candidate in candidates:
+        if (candidate / "resources_servers").is_dir():
+            return candidate
+    raise ConfigError(f"The demo's environments are missing; looked in {', '.join(map(str, candidates))}.")
+
+
+def run_demo(framework: str, output: Path, steps: int | None, console: Console) -> list[str]:
+    """Run the demo of one framework, showing each stage; what was found wrong, in words (empty when all is well).
+
+    Leaves `summary.json`, `rollouts.jsonl`, `metrics.jsonl` and `reward.png` in `output`; what an earlier demo left
+    there is replaced.
+
+    Raises:
+        GymlinkError: the demo could not run.
+    """
+    started = float(os.environ.get(SETUP_STARTED) or time.time())
+    found = find_framework(framework)
+    if found.demo is None:
+        raise PluginError(f"The plugin for {framework} has no demo.")
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("summary.json", "rollouts.jsonl", "metrics.jsonl", "reward.png"):
+        (output / name).unlink(missing_ok=True)
+    with _Stages(console, output / "metrics.jsonl") as stages:
+        stages.report(f"Loading {framework}")
+        request = DemoRequest(
+            output=output,
+            environments=environments_root(),
+            steps=steps,
+            report=stages.report,
+            on_start=stages.start_training,
+            on_step=stages.step,
+        )
+        result: DemoResult = resolve(found.demo)(request)
+    summary = result.summary(time.time() - started - result.seconds_train)
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    draw_curve(result.rewards, output / "reward.png", title=f"{result.environment} with {framework}")
+    show_curve(result.rewards, console)
+    console.print_json(json.dumps(summary))
+    console.print(f"Written to {output}/: summary.json, rollouts.jsonl, metrics.jsonl, reward.png")
+    return list(_problems(summary))
+
+
+def _problems(summary: Mapping[str, object]) -> Sequence[str]:
+    figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    accounted = figures["tokens_trained"] + figures["tokens_dropped"]
+    checks = {
+        f"{figures['failed']} rollouts failed": figures["failed"] == 0,
+        f"{figures['prefix_breaks']} prompts did not extend what was sampled": figures["prefix_breaks"] == 0,
+        f"sampled and recomputed logprobs differ by {figures['max_logprob_error']:.2g}, more than "
+        f"{MAX_LOGPROB_ERROR:g}": figures["max_logprob_error"] <= MAX_LOGPROB_ERROR,
+        f"{figures['tokens_sampled']} tokens were sampled and {accounted} are accounted for": (
+            accounted == figures["tokens_sampled"]
+        ),
+        f"the reward did not rise: {figures['reward_first']:.3f} to {figures['reward_last']:.3f}": (
+            figures["reward_last"] > figures["reward_first"]
+        ),
+    }
+    return [problem for problem, fine in checks.items() if not fine]
+
+
+def draw_curve(rewards: Sequence[float], path: Path, *, title: str) -> None:
+    """The reward of each step as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="mean reward", title=title, ylim=(0, 1.05))
+    axes.plot(range(1, len(rewards) + 1), rewards, marker=".")
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def show_curve(rewards: Sequence[float], console: Console) -> None:
+    """The reward of each step as a chart in the terminal."""
+    import plotext
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(min(console.width, 80), 16)
+    plotext.plot(list(range(1, len(rewards) + 1)), list(rewards), marker="braille")
+    plotext.ylim(0, 1)
+    plotext.title("mean reward by step")
+    console.print(plotext.build(), markup=False, highlight=False)
+
+
+class _Stages:
+    """Shows one line per stage with a spinner, then a bar for the training steps; plain lines without a terminal."""
+
+    def __init__(self, console: Console, metrics: Path) -> None:
+        self._console = console
+        self._metrics = metrics
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=False,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("Starting", total=None)
+        self._training = False
+
+    def report(self, text: str) -> None:
+        if self._training:
+            return
+        self._progress.update(self._task, description=text)
+        if not self._console.is_terminal:
+            self._console.print(text, highlight=False)
+
+    def start_training(self, steps: int) -> None:
+        self._training = True
+        self._progress.reset(self._task, total=steps, description="Training")
+
+    def step(self, figures: Mapping[str, float]) -> None:
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(figures)) + "\n")
+        shown = f"step {figures['step']:.0f}: reward {figures['reward']:.3f}"
+        self._progress.update(self._task, advance=1, description=f"Training, {shown}")
+        if not self._console.is_terminal:
+            self._console.print(shown, highlight=False)
+
+    def __enter__(self) -> _Stages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()

@@ -1,0 +1,78 @@
+"""`ScriptedEngine`: a public test double that samples what a script says, with real ids and plausible logprobs.
+
+It lets anyone test an environment, an agent or a trainer's plumbing without a model: the script maps each prompt
+to a completion, deterministically, and the engine keeps every call it got.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from gymlink.errors import ContextOverflowError, EngineError
+from gymlink.types import FinishReason, Generation, Sampling, TokenIds
+
+Script = Callable[[TokenIds], Sequence[int]]
+"""From the ids of a prompt to the ids that the policy "samples"; may raise `EngineError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call that the engine got."""
+
+    prompt_ids: TokenIds
+    sampling: Sampling
+    request_id: str
+
+
+@dataclass
+class ScriptedEngine:
+    """An `Engine` that follows a script.
+
+    The logprob of an id is `-(id % 97 + 1) / 97`: the same id always has the same one, so a test can recompute it.
+    `latency_s` is slept before each answer. `weight_version` may be set by the test at any time.
+    """
+
+    script: Script
+    max_context: int | None = None
+    latency_s: float = 0.0
+    weight_version: int = 0
+    calls: list[Call] = field(default_factory=list)
+    closed: bool = False
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], request_id: str
+    ) -> Generation:
+        if self.closed:
+            raise EngineError("The scripted engine is closed.")
+        prompt = tuple(prompt_ids)
+        room = None if self.max_context is None else self.max_context - len(prompt)
+        if room is not None and room < 1:
+            raise ContextOverflowError(len(prompt), self.max_context or 0)
+        self.calls.append(Call(prompt, sampling, request_id))
+        version = self.weight_version
+        if self.latency_s:
+            await asyncio.sleep(self.latency_s)
+        token_ids, finish_reason = self._cut(tuple(self.script(prompt)), sampling.max_tokens, room, stop_token_ids)
+        return Generation(token_ids, tuple(map(scripted_logprob, token_ids)), finish_reason, version)
+
+    @staticmethod
+    def _cut(
+        token_ids: TokenIds, max_tokens: int | None, room: int | None, stop_token_ids: Sequence[int]
+    ) -> tuple[TokenIds, FinishReason]:
+        stop = next((at for at, token in enumerate(token_ids) if token in stop_token_ids), None)
+        if stop is not None:
+            token_ids = token_ids[: stop + 1]
+        limit = min((n for n in (max_tokens, room) if n is not None), default=len(token_ids))
+        if len(token_ids) > limit:
+            return token_ids[:limit], "length"
+        return token_ids, "stop"
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+def scripted_logprob(token_id: int) -> float:
+    """The logprob that `ScriptedEngine` reports for an id."""
+    return -(token_id % 97 + 1) / 97

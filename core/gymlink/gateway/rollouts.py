@@ -1,0 +1,88 @@
+"""The rollouts that are open at the gateway: what each has sampled, and the calls it has in flight.
+
+Invariant: every id that the engine returned is counted in exactly one rollout, whether or not it became a turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from gymlink.align import RolloutRecord
+from gymlink.types import Generation
+
+
+@dataclass
+class OpenRollout:
+    """One rollout while it runs."""
+
+    record: RolloutRecord
+    sampled_tokens: int = 0
+    undelivered: Counter[str] = field(default_factory=Counter)
+    """Sampled tokens that became no turn, by reason."""
+    seconds_in_model: float = 0.0
+    engine_error: str | None = None
+    overflowed: bool = False
+    closed: bool = False
+    _calls: set[asyncio.Task[Generation]] = field(default_factory=set)
+
+    async def sample(self, generating: Coroutine[Any, Any, Generation]) -> Generation:
+        """Await the engine for this rollout, counting what it samples and the time it takes.
+
+        Raises:
+            RolloutClosedError: the rollout was closed meanwhile; the generation was cancelled.
+        """
+        call = asyncio.create_task(generating)
+        self._calls.add(call)
+        started = time.perf_counter()
+        try:
+            generation = await call
+        except asyncio.CancelledError:
+            call.cancel()
+            if self.closed:
+                raise RolloutClosedError from None
+            raise
+        finally:
+            self._calls.discard(call)
+            self.seconds_in_model += time.perf_counter() - started
+        self.sampled_tokens += len(generation.token_ids)
+        return generation
+
+    def close(self) -> None:
+        """Cancel what is in flight."""
+        self.closed = True
+        for call in tuple(self._calls):
+            call.cancel()
+
+
+class RolloutClosedError(Exception):
+    """A call was made for a rollout that has ended."""
+
+
+class OpenRollouts:
+    """All rollouts that are open, by id. Used from one event loop."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, OpenRollout] = {}
+
+    def open(self, rollout_id: str, record: RolloutRecord) -> OpenRollout:
+        if rollout_id in self._open:
+            raise ValueError(f"The rollout {rollout_id!r} is open already.")
+        rollout = self._open[rollout_id] = OpenRollout(record)
+        return rollout
+
+    def find(self, rollout_id: str) -> OpenRollout | None:
+        return self._open.get(rollout_id)
+
+    def close(self, rollout_id: str) -> OpenRollout:
+        """Take the rollout out. Its calls in flight are cancelled: nothing is sampled for it any more."""
+        rollout = self._open.pop(rollout_id)
+        rollout.close()
+        return rollout
+
+    def __len__(self) -> int:
+        return len(self._open)

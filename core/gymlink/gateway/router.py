@@ -1,0 +1,59 @@
+"""Passes a call on to the process that owns its rollout.
+
+NeMo Gym knows one policy address. With several trainer processes, each has its own policy engine and must serve its
+own rollouts; the owner is written in the rollout id ("<owner>.<unique>"), so routing needs no table of rollouts.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+
+import aiohttp
+from starlette.responses import Response
+
+from gymlink.gateway.wire import WireError
+
+
+def new_rollout_id(owner: int) -> str:
+    """An id that no other rollout has, naming the process (rank) that owns it."""
+    return f"{owner}.{uuid.uuid4().hex}"
+
+
+class Router:
+    """Knows the gateways of the other processes of this job.
+
+    Args:
+        owner: this process (rank).
+        peers: base URL ("http://host:port") by owner; this process need not be listed.
+    """
+
+    def __init__(self, owner: int = 0, peers: Mapping[int, str] | None = None) -> None:
+        self.owner = owner
+        self.peers: dict[str, str] = {str(rank): url for rank, url in (peers or {}).items() if rank != owner}
+        self._session: aiohttp.ClientSession | None = None
+
+    def peer_of(self, rollout_id: str | None) -> str | None:
+        """The base URL of the process that owns the rollout; None when it is this one (or nobody's)."""
+        if rollout_id is None or not self.peers:
+            return None
+        return self.peers.get(rollout_id.partition(".")[0])
+
+    async def forward(self, peer: str, path: str, body: bytes, secret: str) -> Response:
+        """The peer's own answer. Raises `WireError` 502 when it does not answer."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+            )
+        headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
+        try:
+            async with self._session.post(peer + path, data=body, headers=headers) as answer:
+                return Response(await answer.read(), answer.status, media_type="application/json")
+        except aiohttp.ClientError as error:
+            message = f"The gateway at {peer}, which owns this rollout, did not answer: {error!r}."
+            raise WireError(502, message, kind="peer_error") from error
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None

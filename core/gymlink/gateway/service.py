@@ -1,0 +1,153 @@
+"""From chat messages to sampled tokens and back: the gateway without HTTP.
+
+It alone turns messages into ids and ids into messages, and it holds the truth of what was sampled, by rollout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gymlink.align import ChatFormat, PromptPlan, RolloutRecord
+from gymlink.engines import Engine
+from gymlink.errors import AlignmentError, ContextOverflowError, EngineError
+from gymlink.gateway.rollouts import OpenRollout, OpenRollouts, RolloutClosedError
+from gymlink.gateway.wire import ChatRequest, TokenizeRequest, WireError, assistant_message, chat_completion
+from gymlink.types import Generation, Sampling, TokenIds
+
+Connected = Callable[[], Awaitable[bool]]
+
+
+@dataclass
+class Totals:
+    """Counted at the engine, over all rollouts: the other side of the conservation law."""
+
+    requests: int = 0
+    sampled_tokens: int = 0
+    unattributed_tokens: int = 0
+    """Sampled for requests that named no rollout."""
+
+
+class PolicyService:
+    """Answers chat completions for open rollouts. Used from one event loop.
+
+    Args:
+        chat_format: how messages and ids correspond for this tokenizer.
+        engine: samples.
+        sampling: the trainer's; a request can only lower `max_tokens`. May be replaced between batches.
+        reasoning: whether earlier reasoning stays in the prompt ("keep") or leaves with a fork ("drop").
+        model: the name under which the policy is listed.
+    """
+
+    def __init__(
+        self,
+        chat_format: ChatFormat,
+        engine: Engine,
+        sampling: Sampling,
+        *,
+        reasoning: Literal["keep", "drop"] = "keep",
+        model: str = "policy",
+    ) -> None:
+        self.chat_format = chat_format
+        self.engine = engine
+        self.sampling = sampling
+        self.reasoning = reasoning
+        self.model = model
+        self.rollouts = OpenRollouts()
+        self.totals = Totals()
+
+    def open(self, rollout_id: str) -> OpenRollout:
+        """From now on, requests that name this rollout are answered and recorded."""
+        return self.rollouts.open(rollout_id, self._record(rollout_id))
+
+    def close(self, rollout_id: str) -> OpenRollout:
+        """No request that names this rollout is answered any more; what it sampled is handed over."""
+        return self.rollouts.close(rollout_id)
+
+    def _record(self, rollout_id: str) -> RolloutRecord:
+        return RolloutRecord(rollout_id, self.chat_format, reasoning=self.reasoning)
+
+    def _find(self, rollout_id: str | None) -> OpenRollout | None:
+        if rollout_id is None:
+            return None
+        rollout = self.rollouts.find(rollout_id)
+        if rollout is None:
+            raise _not_open(rollout_id)
+        return rollout
+
+    def tokenize(self, request: TokenizeRequest) -> TokenIds:
+        """The prompt that a chat completion with these messages would sample from now."""
+        rollout = self._find(request.rollout)
+        record = rollout.record if rollout else self._record("tokenize")
+        return self._plan(record, request, request.tools or []).prompt_ids
+
+    @staticmethod
+    def _plan(record: RolloutRecord, request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]]) -> PromptPlan:
+        try:
+            return record.plan(request.messages, tools, template_args=request.template_args)
+        except AlignmentError as error:
+            raise WireError(400, str(error), kind="invalid_request_error", param="messages") from error
+
+    async def chat(self, request: ChatRequest, connected: Connected) -> dict[str, Any]:
+        """Sample one assistant message; the body of the answer.
+
+        A request without a rollout is answered on its own and not recorded.
+
+        Raises:
+            WireError: 400 for messages that cannot be rendered and for a context overflow (with the words that Gym
+                looks for), 404 for a rollout that is not open, 500 when the engine fails.
+        """
+        rollout = self._find(request.rollout)
+        self.totals.requests += 1
+        if rollout is None:
+            rollout = OpenRollout(self._record("unattributed"))
+        tools = request.usable_tools
+        plan = self._plan(rollout.record, request, tools)
+        request_id = uuid.uuid4().hex
+        generation = await self._generate(rollout, request, plan, request_id)
+        if not await connected():
+            # Nobody read this answer, so no later turn can build on it: a client that tries again samples anew.
+            rollout.undelivered["undelivered"] += len(generation.token_ids)
+            raise WireError(499, "The client closed the connection before the answer was ready.", kind="disconnected")
+        parsed = self.chat_format.parse(
+            plan.prompt_ids, generation.token_ids, tools, template_args=request.template_args
+        )
+        message = assistant_message(parsed, turn_key=request_id[:12])
+        turn = rollout.record.add(plan, generation, message)
+        return chat_completion(request, turn, message, model=self.model)
+
+    async def _generate(
+        self, rollout: OpenRollout, request: ChatRequest, plan: PromptPlan, request_id: str
+    ) -> Generation:
+        generating = self.engine.generate(
+            plan.prompt_ids,
+            self._sampling_for(request),
+            stop_token_ids=self.chat_format.stop_token_ids,
+            request_id=request_id,
+        )
+        try:
+            generation = await rollout.sample(generating)
+        except RolloutClosedError as error:
+            raise _not_open(request.rollout) from error
+        except ContextOverflowError as error:
+            rollout.overflowed = True
+            raise WireError(400, str(error), kind="context_length_exceeded", param="messages") from error
+        except EngineError as error:
+            rollout.engine_error = str(error)
+            raise WireError(500, str(error), kind="engine_error") from error
+        self.totals.sampled_tokens += len(generation.token_ids)
+        if request.rollout is None:
+            self.totals.unattributed_tokens += len(generation.token_ids)
+        return generation
+
+    def _sampling_for(self, request: ChatRequest) -> Sampling:
+        limits = [limit for limit in (request.token_limit, self.sampling.max_tokens) if limit is not None]
+        return dataclasses.replace(self.sampling, max_tokens=min(limits, default=None))
+
+
+def _not_open(rollout_id: str | None) -> WireError:
+    message = f"The rollout {rollout_id!r} is not open: it has ended, or its deadline has passed."
+    return WireError(404, message, kind="not_found_error", param="rollout")

@@ -1,0 +1,50 @@
+"""The hooks by which a plugin makes a trainer known. All of a plugin's contract is in this file.
+
+A plugin is a module (or object) that implements some of these with `@gymlink.hookimpl`, registered under the
+entry-point group `gymlink`. The built-in plugins use the same hooks as a stranger's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from gymlink.demo import DemoRequest
+
+hookspec = pluggy.HookspecMarker("gymlink")
+hookimpl = pluggy.HookimplMarker("gymlink")
+
+
+@dataclass(frozen=True, slots=True)
+class Framework:
+    """One trainer, described without importing it.
+
+    `distribution` and `versions` say what must be installed ("trl", ">=1.16,<2"); `extra` is the name in
+    `pip install "gymlink[extra]"`. `train` and `demo` are dotted paths ("package.module:function"), imported
+    only when used.
+    """
+
+    name: str
+    distribution: str
+    versions: str
+    extra: str
+    summary: str
+    train: str
+    """`f(config: Path, arguments: Sequence[str]) -> None`: run the trainer's own loop from one run file."""
+    demo: str | None = None
+    """`f(request: gymlink.demo.DemoRequest) -> None`: train the demo environment."""
+
+
+@hookspec
+def gymlink_frameworks() -> Sequence[Framework]:
+    """Name the trainers that this plugin connects."""
+    raise NotImplementedError
+
+
+TrainFunction = Callable[[Path, Sequence[str]], None]
+DemoFunction = Callable[["DemoRequest"], None]

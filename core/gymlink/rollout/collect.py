@@ -1,0 +1,194 @@
+"""Collects a batch of rollouts: bounded concurrency, a deadline for each, an outcome for each, in input order.
+
+Invariant: `collect` returns one rollout per request whatever happens to Gym, the agent or the engine. A rollout
+that cannot be scored is a value with a failure, not an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+
+from gymlink.config import AlignmentSettings, RolloutSettings
+from gymlink.errors import AlignmentError, ConfigError, GymRequestError, RolloutError
+from gymlink.gateway import ROLLOUT_FIELD, OpenRollout, PolicyService, new_rollout_id
+from gymlink.rollout.metrics import batch_metrics
+from gymlink.rollout.outcome import FAILED, Outcome, failed, scored
+from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus
+
+logger = logging.getLogger(__name__)
+
+OnRollout = Callable[[Rollout], None]
+
+
+class RunsAgents(Protocol):
+    """What the collector needs of `gymlink.gym.GymClient`."""
+
+    async def run(self, agent: str, row: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any]:
+        """Gym's answer to `/run`. Raises `GymRequestError`."""
+
+
+class Collector:
+    """Collects rollouts of the policy behind `policy` from the agents behind `gym`.
+
+    Args:
+        gym: runs a row on an agent.
+        policy: the gateway that Gym's model server calls; it holds what was sampled.
+        rollout: concurrency, deadline, attempts and how many failures a batch may have.
+        alignment: what is trained of a rewritten history.
+        owner: this process (rank), written into rollout ids.
+    """
+
+    def __init__(
+        self,
+        gym: RunsAgents,
+        policy: PolicyService,
+        rollout: RolloutSettings,
+        alignment: AlignmentSettings,
+        *,
+        owner: int = 0,
+    ) -> None:
+        self._gym = gym
+        self._policy = policy
+        self._settings = rollout
+        self._alignment = alignment
+        self._owner = owner
+
+    async def collect(self, requests: Sequence[RolloutRequest], on_rollout: OnRollout | None = None) -> RolloutBatch:
+        """One rollout per request, in their order; `on_rollout` gets each as it ends.
+
+        Raises:
+            RolloutError: more than `max_failed_fraction` of the batch failed.
+        """
+        slots = asyncio.Semaphore(self._settings.concurrency)
+
+        async def one(request: RolloutRequest) -> Rollout:
+            async with slots:
+                rollout = await self._rollout(request)
+            if on_rollout is not None:
+                on_rollout(rollout)
+            return rollout
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(request)) for request in requests]
+        rollouts = [task.result() for task in tasks]
+        self._refuse_if_too_many_failed(rollouts)
+        return RolloutBatch(rollouts, batch_metrics(rollouts))
+
+    async def _rollout(self, request: RolloutRequest) -> Rollout:
+        """Try until one attempt is scored, the attempts are used up, or the deadline has passed."""
+        started = time.perf_counter()
+        past = _Past()
+        for attempt in range(1, self._settings.attempts + 1):
+            rollout_id = new_rollout_id(self._owner)
+            left = self._settings.deadline_s - (time.perf_counter() - started)
+            outcome = await self._attempt(request, rollout_id, left)
+            done = outcome.status is not RolloutStatus.FAILED
+            out_of_time = time.perf_counter() - started >= self._settings.deadline_s
+            if done or out_of_time or attempt == self._settings.attempts:
+                return past.finish(request, rollout_id, outcome, attempt, time.perf_counter() - started)
+            past.add(outcome)
+        raise AssertionError("settings.attempts is at least 1")  # pragma: no cover
+
+    async def _attempt(self, request: RolloutRequest, rollout_id: str, timeout_s: float) -> Outcome:
+        agent, row = request.row["agent_ref"]["name"], _tagged(request.row, rollout_id)
+        rollout = self._policy.open(rollout_id)
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await self._gym.run(agent, row, timeout_s=timeout_s)
+        except TimeoutError:
+            return self._timed_out(rollout)
+        except GymRequestError as error:
+            if error.kind == "timeout":
+                return self._timed_out(rollout)
+            if rollout.engine_error is not None:
+                return failed(rollout, "engine", rollout.engine_error)
+            return failed(rollout, error.kind, str(error))
+        else:
+            return self._scored(rollout, answer)
+        finally:
+            self._policy.close(rollout_id)
+
+    def _scored(self, rollout: OpenRollout, answer: Mapping[str, Any]) -> Outcome:
+        try:
+            return scored(rollout, answer, self._alignment)
+        except AlignmentError as error:
+            # A bug of ours, and still no reason to lose the rest of the batch.
+            logger.exception("rollout: the sampled turns do not fit together")
+            return failed(rollout, "alignment", str(error))
+
+    def _timed_out(self, rollout: OpenRollout) -> Outcome:
+        turns = len(rollout.record.turns)
+        detail = f"No result within rollout.deadline_s = {self._settings.deadline_s:g} s; turns until then: {turns}."
+        return failed(rollout, "timeout", detail)
+
+    def _refuse_if_too_many_failed(self, rollouts: Sequence[Rollout]) -> None:
+        failures = [rollout for rollout in rollouts if rollout.status is RolloutStatus.FAILED]
+        allowed = self._settings.max_failed_fraction
+        if not failures or len(failures) <= allowed * len(rollouts):
+            return
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in Counter(r.failure for r in failures).most_common())
+        raise RolloutError(
+            f"{len(failures)} of {len(rollouts)} rollouts failed ({kinds}), more than rollout.max_failed_fraction = "
+            f"{allowed:g} allows. The first: {failures[0].detail}"
+        )
+
+
+@dataclass
+class _Past:
+    """What earlier attempts of a rollout used up."""
+
+    sampled_tokens: int = 0
+    seconds_in_model: float = 0.0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, outcome: Outcome) -> None:
+        self.sampled_tokens += outcome.sampled_tokens
+        self.seconds_in_model += outcome.seconds_in_model
+        self.dropped.update({f"{FAILED}_attempt": outcome.sampled_tokens})
+
+    def finish(
+        self, request: RolloutRequest, rollout_id: str, outcome: Outcome, attempts: int, seconds: float
+    ) -> Rollout:
+        return Rollout(
+            request=request,
+            rollout_id=rollout_id,
+            status=outcome.status,
+            reward=outcome.reward,
+            segments=outcome.segments,
+            turns=outcome.turns,
+            failure=outcome.failure,
+            detail=outcome.detail,
+            attempts=attempts,
+            seconds=seconds,
+            seconds_in_model=self.seconds_in_model + outcome.seconds_in_model,
+            sampled_tokens=self.sampled_tokens + outcome.sampled_tokens,
+            dropped=dict(self.dropped + Counter(outcome.dropped)),
+            response=outcome.response,
+        )
+
+
+def _tagged(row: Mapping[str, Any], rollout_id: str) -> dict[str, Any]:
+    """The row with the rollout's id where Gym's model server copies it from into every call of the policy.
+
+    `responses_create_params.metadata.extra_body` is a JSON string that `vllm_model` merges into the chat body; what
+    the row already has there stays.
+    """
+    params = row["responses_create_params"]
+    metadata = params.get("metadata") or {}
+    try:
+        extra_body = {**orjson.loads(metadata.get("extra_body") or "{}"), ROLLOUT_FIELD: rollout_id}
+    except (orjson.JSONDecodeError, TypeError) as error:
+        given = metadata.get("extra_body")
+        raise ConfigError(
+            f"A row's responses_create_params.metadata.extra_body is not a JSON object in a string: {given!r}."
+        ) from error
+    tagged = {**metadata, "extra_body": orjson.dumps(extra_body).decode()}
+    return {**row, "responses_create_params": {**params, "metadata": tagged}}

@@ -1,0 +1,70 @@
+"""Writes rollouts to a JSONL file as they end, a line each, so that a run can be looked at while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from gymlink.gateway.wire import ID_FIELDS
+from gymlink.types import Rollout
+
+Detail = Literal["full", "text", "off"]
+
+
+class Recorder:
+    """Appends to `path`; the file is made with the first rollout.
+
+    `detail` "full" writes the training segments (ids, mask, logprobs) too, "text" only what a person reads, "off"
+    writes nothing.
+    """
+
+    def __init__(self, path: Path, *, detail: Detail = "full") -> None:
+        self.path = path
+        self._detail = detail
+
+    def write(self, rollout: Rollout, *, batch: int) -> None:
+        """`batch` is the number of the collection that the rollout belongs to, from 0."""
+        if self._detail == "off":
+            return
+        line = orjson.dumps(self._line(rollout, batch), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+        with self.path.open("ab") as file:
+            file.write(line)
+
+    def _line(self, rollout: Rollout, batch: int) -> dict[str, Any]:
+        agent = rollout.request.row.get("agent_ref", {}).get("name")
+        line: dict[str, Any] = {
+            "batch": batch,
+            "index": rollout.request.index,
+            "group": rollout.request.group,
+            "rollout_id": rollout.rollout_id,
+            "agent": agent,
+            "status": rollout.status.value,
+            "reward": rollout.reward,
+            "failure": rollout.failure,
+            "detail": rollout.detail,
+            "attempts": rollout.attempts,
+            "turns": len(rollout.turns),
+            "prefix_breaks": {cause.value: count for cause, count in rollout.prefix_breaks.items()},
+            "tokens_sampled": rollout.sampled_tokens,
+            "tokens_trained": rollout.trained_tokens,
+            "tokens_dropped": rollout.dropped,
+            "seconds": round(rollout.seconds, 4),
+            "seconds_in_model": round(rollout.seconds_in_model, 4),
+            "weight_versions": sorted({turn.weight_version for turn in rollout.turns}),
+            "input": rollout.request.row.get("responses_create_params", {}).get("input"),
+            "output": _readable(rollout.response),
+        }
+        if self._detail == "full":
+            line["segments"] = rollout.segments
+        return line
+
+
+def _readable(response: Mapping[str, Any] | None) -> list[Any]:
+    """Gym's output items without the ids that Gym hangs on them: the segments hold those."""
+    inner = (response or {}).get("response")
+    output = inner.get("output") if isinstance(inner, Mapping) else None
+    items = output if isinstance(output, list) else []
+    return [{k: v for k, v in item.items() if k not in ID_FIELDS} for item in items if isinstance(item, Mapping)]

@@ -1,0 +1,281 @@
+"""One training process and its Gym: gateway, Gym's servers and collector, started in order and stopped in reverse.
+
+Everything asynchronous runs on one event loop in one thread of the session's own, so a trainer calls `collect` as a
+plain function. With several trainer processes the first starts Gym and is the address that Gym knows; its gateway
+passes each call on to the process that owns the rollout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import secrets
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gymlink.align import load_format
+from gymlink.config import Settings
+from gymlink.engines import Engine
+from gymlink.errors import ConfigError, GymError, GymStartError
+from gymlink.gateway import GatewayServer, PolicyService, Router, create_app
+from gymlink.gym import GymClient, GymServers, attach_gym, start_gym
+from gymlink.rollout import Collector, Recorder
+from gymlink.rollout.collect import OnRollout
+from gymlink.types import Rollout, RolloutBatch, RolloutRequest, Sampling
+
+T = TypeVar("T")
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The processes of one training job.
+
+    `exchange(value)` is an all-gather of small picklable values: every process calls it, and each gets the values
+    of all, by rank.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]
+
+
+def _silent(_: str) -> None:
+    """The default `report`: says nothing."""
+
+
+class Session:
+    """Collects rollouts for one training process. A context manager; `stop` may be called at any time, and twice.
+
+    Args:
+        settings: from `gymlink.config.load_settings`.
+        tokenizer: the policy's, with its chat template.
+        engine: samples from the policy.
+        sampling: the trainer's, for every call of the policy.
+        run_dir: logs of Gym's servers and `rollouts.jsonl` go here; made when missing.
+        report: told in a few words what is being waited for.
+        peers: the other processes of the job, when there are some.
+
+    Raises (from `start`):
+        ConfigError: settings that cannot work. GymStartError: Gym did not come up.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        tokenizer: Any,
+        engine: Engine,
+        sampling: Sampling,
+        run_dir: Path,
+        report: Report = _silent,
+        peers: Peers | None = None,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._run_dir = run_dir
+        self._report = report
+        self._peers = peers or Peers()
+        self._service = PolicyService(
+            load_format(tokenizer, name=settings.alignment.format),
+            engine,
+            sampling,
+            reasoning=settings.alignment.reasoning,
+        )
+        self._loop: _LoopThread | None = None
+        self._gateway: GatewayServer | None = None
+        self._router = Router(self._peers.rank)
+        self._gym: GymServers | None = None
+        self._client: GymClient | None = None
+        self._collector: Collector | None = None
+        self._recorder: Recorder | None = None
+        self._batches = 0
+
+    @property
+    def service(self) -> PolicyService:
+        """The gateway's inside: its totals are the count of all that the engine sampled."""
+        return self._service
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """The agents that run, by name."""
+        return tuple(self._running_gym.agents)
+
+    @property
+    def gym_version(self) -> str:
+        return self._running_gym.version
+
+    @property
+    def _running_gym(self) -> GymServers:
+        if self._gym is None:
+            raise GymError("The session is not started: call start(), or use it as a context manager.")
+        return self._gym
+
+    def start(self) -> None:
+        """Bring up the gateway, then Gym. With several processes, all of them call this."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self) -> None:
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        rank = self._peers.rank
+        attached = self._attached()
+        secret: str = self._peers.exchange(attached.policy_api_key if attached else secrets.token_urlsafe(24))[0]
+        self._loop = _LoopThread()
+        atexit.register(self.stop)
+        self._gateway = GatewayServer(create_app(self._service, secret, self._router), self._gateway_settings(rank))
+        self._run(self._gateway.start())
+        urls = dict(enumerate(self._peers.exchange(self._gateway.url)))
+        if rank == 0:
+            self._router.peers |= {str(peer): url for peer, url in urls.items() if peer != rank}
+        self._gym = self._join_gym(attached, urls[0], secret)
+        self._client = GymClient(self._gym, limit=self._settings.rollout.concurrency)
+        self._collector = Collector(
+            self._client, self._service, self._settings.rollout, self._settings.alignment, owner=rank
+        )
+        name = "rollouts.jsonl" if rank == 0 else f"rollouts.rank{rank}.jsonl"
+        self._recorder = Recorder(self._run_dir / name, detail=self._settings.rollout.record)
+
+    def _gateway_settings(self, rank: int) -> Any:
+        """Only the first process has the configured port: the others are not known to Gym."""
+        settings = self._settings.gateway
+        return settings if rank == 0 else settings.model_copy(update={"port": 0})
+
+    def _attached(self) -> GymServers | None:
+        """The Gym that runs already, when the settings name one."""
+        head = self._settings.gym.head_server
+        if head is None:
+            return None
+        self._report(f"attaching to the Gym at {head}")
+        return attach_gym(head)
+
+    def _join_gym(self, attached: GymServers | None, gateway_url: str, secret: str) -> GymServers:
+        """The first process starts Gym and tells the others where its head server is, or why there is none."""
+        if attached is not None:
+            _check_policy_url(attached, gateway_url)
+            return attached
+        if self._peers.rank == 0:
+            try:
+                gym = start_gym(
+                    self._settings.gym,
+                    policy_base_url=f"{gateway_url}/v1",
+                    policy_api_key=secret,
+                    run_dir=self._run_dir,
+                    report=self._report,
+                )
+            except BaseException as error:
+                self._peers.exchange((None, str(error)))
+                raise
+            self._peers.exchange((gym.head_url, None))
+            return gym
+        head_url, failure = self._peers.exchange(None)[0]
+        if head_url is None:
+            raise GymStartError(f"The first process could not start Gym: {failure}")
+        return attach_gym(head_url)
+
+    def collect(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        sampling: Sampling | None = None,
+        on_rollout: OnRollout | None = None,
+    ) -> RolloutBatch:
+        """Collect one rollout per request, and wait for all of them.
+
+        `sampling` replaces the session's for this batch. `on_rollout` is called from the session's thread.
+
+        Raises:
+            RolloutError: too many of the batch failed. GymError: Gym's servers died.
+        """
+        collector, recorder = self._collector, self._recorder
+        if collector is None or recorder is None:
+            raise GymError("The session is not started: call start(), or use it as a context manager.")
+        self._running_gym.check()
+        batch, self._batches = self._batches, self._batches + 1
+
+        def ended(rollout: Rollout) -> None:
+            recorder.write(rollout, batch=batch)
+            if on_rollout is not None:
+                on_rollout(rollout)
+
+        usual = self._service.sampling
+        self._service.sampling = sampling or usual
+        try:
+            return self._run(collector.collect(requests, ended))
+        finally:
+            self._service.sampling = usual
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop is None:
+            raise GymError("The session is stopped.")
+        return self._loop.run(work)
+
+    def stop(self) -> None:
+        """Stop all that this session started, Gym first."""
+        atexit.unregister(self.stop)
+        if self._gym is not None:
+            self._gym.stop()
+        if self._loop is not None:
+            try:
+                self._loop.run(self._close())
+            finally:
+                self._loop.stop()
+                self._loop = None
+        self._collector = None
+
+    async def _close(self) -> None:
+        for closing in (self._client and self._client.aclose(), self._gateway and self._gateway.stop()):
+            if closing is not None:
+                await closing
+        await self._router.aclose()
+        await self._engine.aclose()
+
+    def __enter__(self) -> Session:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _check_policy_url(gym: GymServers, gateway_url: str) -> None:
+    """An attached Gym calls the policy where its own configuration says; that must be this gateway."""
+    configured = gym.config.get("policy_base_url")
+    urls = [configured] if isinstance(configured, str) else list(configured or [])
+    if f"{gateway_url}/v1" not in [url.rstrip("/") for url in urls]:
+        raise ConfigError(
+            f"The Gym at {gym.head_url} calls the policy at {configured!r}, and this gateway answers at "
+            f"{gateway_url}/v1. Set gateway.host and gateway.port to the address that Gym was started with, or start "
+            "Gym with policy_base_url set to this one."
+        )
+
+
+class _LoopThread:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="gymlink", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` on the loop and wait. An interrupt here cancels it."""
+        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        if not self._thread.is_alive():
+            self._loop.close()

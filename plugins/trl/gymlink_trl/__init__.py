@@ -1,0 +1,1 @@
+"""gymlink's plugin for TRL: NeMo Gym rollouts in TRL's own GRPOTrainer."""
