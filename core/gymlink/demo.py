@@ -147,7 +147,8 @@ def draw_curve(rewards: Sequence[float], path: Path, *, title: str) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="mean reward", title=title, ylim=(0, 1.05))
     axes.plot(range(1, len(rewards) + 1), rewards, marker=".")
     axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
 
 
 def show_curve(rewards: Sequence[float], console: Console) -> None:

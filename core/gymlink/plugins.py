@@ -37,7 +37,7 @@ def load_plugins() -> Plugins:
         try:
             manager.register(entry.load(), name=entry.name)
             manager.check_pending()
-        except Exception as error:  # a stranger's module may raise anything; the others must still load
+        except Exception as error:  # noqa: BLE001 - a stranger's module may raise anything; the others must still load
             manager.unregister(name=entry.name)
             failures[entry.name] = f"{type(error).__name__}: {error}"
     frameworks: dict[str, Framework] = {}

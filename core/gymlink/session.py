@@ -77,7 +77,7 @@ class Session:
     ) -> None:
         self._settings = settings
         self._engine = engine
-        self._run_dir = run_dir
+        self.run_dir = run_dir
         self._report = report
         self._peers = peers or Peers()
         self._service = PolicyService(
@@ -124,7 +124,7 @@ class Session:
             raise
 
     def _start(self) -> None:
-        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         rank = self._peers.rank
         attached = self._attached()
         secret: str = self._peers.exchange(attached.policy_api_key if attached else secrets.token_urlsafe(24))[0]
@@ -141,7 +141,7 @@ class Session:
             self._client, self._service, self._settings.rollout, self._settings.alignment, owner=rank
         )
         name = "rollouts.jsonl" if rank == 0 else f"rollouts.rank{rank}.jsonl"
-        self._recorder = Recorder(self._run_dir / name, detail=self._settings.rollout.record)
+        self._recorder = Recorder(self.run_dir / name, detail=self._settings.rollout.record)
 
     def _gateway_settings(self, rank: int) -> Any:
         """Only the first process has the configured port: the others are not known to Gym."""
@@ -167,7 +167,7 @@ class Session:
                     self._settings.gym,
                     policy_base_url=f"{gateway_url}/v1",
                     policy_api_key=secret,
-                    run_dir=self._run_dir,
+                    run_dir=self.run_dir,
                     report=self._report,
                 )
             except BaseException as error:
@@ -231,9 +231,10 @@ class Session:
         self._collector = None
 
     async def _close(self) -> None:
-        for closing in (self._client and self._client.aclose(), self._gateway and self._gateway.stop()):
-            if closing is not None:
-                await closing
+        if self._client is not None:
+            await self._client.aclose()
+        if self._gateway is not None:
+            await self._gateway.stop()
         await self._router.aclose()
         await self._engine.aclose()
 

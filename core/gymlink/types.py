@@ -66,6 +66,8 @@ class ForkCause(StrEnum):
     """The messages agree, but this chat template offers no proven way to continue after the sampled ids."""
     FOREIGN_IDS = "foreign_ids"
     """The message carries token ids that this rollout did not sample."""
+    RESTARTED = "restarted"
+    """Nothing was rewritten: the same prompt came again, or a conversation of its own began (a sub-agent)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,10 @@ def test_defaults_need_only_the_environments() -> None:
         ({"gym": {}}, "give config_paths to start Gym, or head_server"),
         ({"gym": {"config_paths": ["a"], "head_server": "http://h:1"}}, "not both"),
         ({"gym": {"head_server": "h:1"}}, "write the whole address"),
-        ({**MINIMAL, "rollout": {"attempts": 0}}, "rollout.attempts: Input should be greater than or equal to 1 (got 0)"),
+        (
+            {**MINIMAL, "rollout": {"attempts": 0}},
+            "rollout.attempts: Input should be greater than or equal to 1 (got",
+        ),
         ({**MINIMAL, "alignment": {"reasoning": "maybe"}}, "alignment.reasoning: Input should be 'keep' or 'drop'"),
         ([], "expected a mapping"),
     ],

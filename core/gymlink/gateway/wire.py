@@ -68,13 +68,13 @@ class _Request(BaseModel):
 class TokenizeRequest(_Request):
     """vLLM's `/tokenize`, for messages."""
 
-    rollout: str | None = Field(None, alias=ROLLOUT_FIELD)
+    rollout: str | None = Field(None, alias="gymlink_rollout")
 
 
 class ChatRequest(_Request):
     """A chat completion, as far as this gateway honours it."""
 
-    rollout: str | None = Field(None, alias=ROLLOUT_FIELD)
+    rollout: str | None = Field(None, alias="gymlink_rollout")
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None

@@ -76,8 +76,12 @@ class Collector:
                 on_rollout(rollout)
             return rollout
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(request)) for request in requests]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(request)) for request in requests]
+        except BaseExceptionGroup as failures:
+            # One that is no rollout's own failure stops the batch; the rest of the group are its cancelled siblings.
+            raise failures.exceptions[0] from None
         rollouts = [task.result() for task in tasks]
         self._refuse_if_too_many_failed(rollouts)
         return RolloutBatch(rollouts, batch_metrics(rollouts))

@@ -76,6 +76,8 @@ def test_the_answer_carries_gyms_three_fields_and_the_finish_reason() -> None:
 
 
 def test_logprobs_come_in_openai_form_for_those_who_ask() -> None:
-    answer = chat_completion(parse_chat_request(body(logprobs=True)), Turn((1,), (3,), (-0.5,), "length"), {}, model="m")
+    answer = chat_completion(
+        parse_chat_request(body(logprobs=True)), Turn((1,), (3,), (-0.5,), "length"), {}, model="m"
+    )
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["choices"][0]["logprobs"]["content"][0]["logprob"] == -0.5

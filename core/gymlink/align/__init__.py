@@ -1,0 +1,26 @@
+"""Messages and token ids kept in step: every prompt continues exactly what was sampled, or says why it does not."""
+
+from gymlink.align.base import ChatFormat, FormatReport, Parsed, Tokenizer, ToolCall
+from gymlink.align.canonical import Canonical, canonical, split_reasoning
+from gymlink.align.format import load_format
+from gymlink.align.record import PromptPlan, RolloutRecord
+from gymlink.align.segments import HISTORY_REWRITTEN, OTHER_BRANCH, build_segments
+from gymlink.align.suffix import TemplateFormat
+
+__all__ = [
+    "HISTORY_REWRITTEN",
+    "OTHER_BRANCH",
+    "Canonical",
+    "ChatFormat",
+    "FormatReport",
+    "Parsed",
+    "PromptPlan",
+    "RolloutRecord",
+    "TemplateFormat",
+    "Tokenizer",
+    "ToolCall",
+    "build_segments",
+    "canonical",
+    "load_format",
+    "split_reasoning",
+]

@@ -1,0 +1,412 @@
+"""Continue a conversation with the template's own words, without touching its history.
+
+What a template writes after an assistant message is found by rendering `[user, assistant = SENTINEL, new messages...]`
+and keeping the text after the sentinel: it begins at the turn's real end marker, and its cost does not depend on the
+history. Each kind of continuation is proven on probe conversations before it is first used: there the text must be how
+the whole conversation's render ends, token by token, and nothing before it may depend on the new messages. A kind that
+cannot be proven is not used.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Final, Protocol, TypeVar
+
+import orjson
+
+from gymlink.align.base import NO_ARGS, FormatReport, Parsed
+from gymlink.align.canonical import digest, tool_calls_of
+from gymlink.align.template import PROBE_TOOL, ChatTemplate, probe_call
+from gymlink.errors import AlignmentError
+from gymlink.types import FinishReason, Message, TokenIds, Tool
+
+_T = TypeVar("_T")
+_ASKED: Final[Message] = {"role": "user", "content": "question"}
+_KINDS: Final[Mapping[str, tuple[tuple[str, ...], bool]]] = {
+    "user": (("user",), False),
+    "user, with tools": (("user",), True),
+    "tool result": (("tool",), True),
+    "tool results": (("tool", "tool"), True),
+}
+
+
+class Parser(Protocol):
+    """Reads a sampled completion. May raise; its caller does not."""
+
+    name: str
+    stop_token_ids: TokenIds
+
+    def parse(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], tools: Sequence[Tool]) -> Parsed: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a continuation's form depends on. One proof holds for all messages of a shape."""
+
+    roles: tuple[str, ...]
+    tools: bool
+    args: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """How the text after a sampled turn is found."""
+
+    after_call: bool
+    """The sentinel stands in a tool call's argument (templates that look back at the call), else in the content."""
+    call_end: str
+    """What the template writes between that argument and the turn's end marker."""
+    end_marker: TokenIds
+    """What closes the turn. Empty where only the next role's marker does (GLM)."""
+
+
+class TemplateFormat:
+    """The format of any tokenizer with a chat template: rendered by the template, continued by its own suffix."""
+
+    def __init__(self, template: ChatTemplate, parser: Parser) -> None:
+        self.name = parser.name
+        self._template = template
+        self._parser = parser
+        self._sentinel = "Zq" + secrets.token_hex(12)
+        self._proofs: dict[_Shape, _Proof | None] = {}
+        self._reasons: dict[_Shape, str] = {}
+        self._stops: dict[int, None] = dict.fromkeys(parser.stop_token_ids)
+        eos = template.tokenizer.eos_token_id
+        self._stops.update(dict.fromkeys([eos] if isinstance(eos, int) else eos or []))
+        self.report = self._prove_usual_kinds()
+        self._reasoning_end = self._find_reasoning_end()
+
+    @property
+    def stop_token_ids(self) -> TokenIds:
+        """The tokenizer's eos token and every marker that the template was seen to end a sampled turn with."""
+        return tuple(self._stops)
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
+    ) -> TokenIds:
+        """See `ChatFormat.render`."""
+        return self._template.ids(messages, tools, template_args)
+
+    def extend(
+        self,
+        prompt_ids: Sequence[int],
+        completion_ids: Sequence[int],
+        finish_reason: FinishReason,
+        new_messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        *,
+        template_args: Mapping[str, Any] = NO_ARGS,
+        answered: Message | None = None,
+    ) -> TokenIds | None:
+        """See `ChatFormat.extend`. The cost depends on the new messages, not on the history."""
+        ended = self._ended(completion_ids, finish_reason)
+        if not new_messages and template_args.get("continue_final_message"):
+            return None if ended else ()
+        shape = _shape(new_messages, tools, template_args)
+        proof = self._proof(shape, template_args)
+        if proof is None:
+            return None
+        text = self._after_turn(proof, new_messages, tools, template_args, answered)
+        if text is None:
+            return None
+        ids = self._template.encode(text)
+        sampled = _sampled_part(completion_ids, ids, proof.end_marker, ended=ended)
+        unclosed = () if ended else self._close_reasoning(prompt_ids, completion_ids)
+        return (*unclosed, *ids[sampled:])
+
+    def parse(
+        self,
+        prompt_ids: Sequence[int],
+        completion_ids: Sequence[int],
+        tools: Sequence[Tool] = (),
+        *,
+        template_args: Mapping[str, Any] = NO_ARGS,  # noqa: ARG002 - what the arguments opened stands in the prompt
+    ) -> Parsed:
+        """See `ChatFormat.parse`."""
+        return safe_parse(self._parser, self._template, prompt_ids, completion_ids, tools)
+
+    # -- the text after a turn -----------------------------------------------------------------------------------
+
+    def _after_turn(
+        self,
+        proof: _Proof,
+        new_messages: Sequence[Message],
+        tools: Sequence[Tool],
+        template_args: Mapping[str, Any],
+        answered: Message | None,
+    ) -> str | None:
+        answer = self._stand_in(new_messages, answered) if proof.after_call else self._stand_in_content()
+        if answer is None:
+            return None
+        text = self._after_sentinel([_ASKED, answer, *new_messages], tools, template_args)
+        if text is None or not text.startswith(proof.call_end):
+            return None
+        return text[len(proof.call_end) :]
+
+    def _after_sentinel(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        template_args: Mapping[str, Any],
+        *,
+        generate: bool = True,
+    ) -> str | None:
+        try:
+            text = self._template.text(messages, tools, template_args, generate=generate)
+        except AlignmentError:
+            return None
+        before, found, after = text.partition(self._sentinel)
+        return after if found and self._sentinel not in before + after else None
+
+    def _stand_in_content(self) -> Message:
+        return {"role": "assistant", "content": self._sentinel}
+
+    def _stand_in(self, new_messages: Sequence[Message], answered: Message | None) -> Message | None:
+        """An assistant message that makes the calls whose results follow, the sentinel in the last one."""
+        calls = [
+            (str(call.get("id") or ""), str((call.get("function") or call).get("name") or ""))
+            for call in tool_calls_of(answered or {})
+        ] or [
+            (str(message.get("tool_call_id") or ""), str(message.get("name") or ""))
+            for message in new_messages
+            if message.get("role") == "tool"
+        ]
+        if not calls or not all(name for _, name in calls):
+            return None
+        made = [
+            {"id": index, "type": "function", "function": {"name": name, "arguments": '{"query": "x"}'}}
+            for index, name in calls
+        ]
+        made[-1]["function"] = {"name": calls[-1][1], "arguments": orjson.dumps({"query": self._sentinel}).decode()}
+        return {"role": "assistant", "content": "", "tool_calls": made}
+
+    # -- closing a turn ------------------------------------------------------------------------------------------
+
+    def _ended(self, completion_ids: Sequence[int], finish_reason: FinishReason) -> bool:
+        """Whether sampling closed the turn itself. An engine may stop at ids that the template never writes."""
+        if not completion_ids:
+            return False
+        last = completion_ids[-1]
+        return last in self._stops or (finish_reason == "stop" and last in self._template.special_ids)
+
+    def _close_reasoning(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> TokenIds:
+        """A turn cut inside its reasoning is closed as the template writes reasoning without an answer."""
+        if self._reasoning_end is None:
+            return ()
+        text = _safe_decode(self._template, [*prompt_ids[-16:], *completion_ids])
+        if text.rfind("<think>") <= text.rfind("</think>"):
+            return ()
+        return self._reasoning_end
+
+    def _find_reasoning_end(self) -> TokenIds | None:
+        thought, said = self._sentinel + "r", self._sentinel + "c"
+        message = {"role": "assistant", "content": said, "reasoning_content": thought}
+        try:
+            text = self._template.text([_ASKED, message], generate=False)
+        except AlignmentError:
+            return None
+        end, found, _ = text.partition(thought)[2].partition(said)
+        return tuple(self._template.encode(end)) if found and end.strip() == "</think>" else None
+
+    # -- proofs --------------------------------------------------------------------------------------------------
+
+    def _prove_usual_kinds(self) -> FormatReport:
+        extends, forks, refused = [], [], {}
+        for kind, (roles, with_tools) in _KINDS.items():
+            shape = _Shape(roles, with_tools, digest({}))
+            if self._proof(shape, NO_ARGS) is not None:
+                extends.append(kind)
+            elif shape in self._reasons:
+                refused[kind] = self._reasons[shape]
+            else:
+                forks.append(kind)
+        return FormatReport(tuple(extends), tuple(forks), refused)
+
+    def _proof(self, shape: _Shape, template_args: Mapping[str, Any]) -> _Proof | None:
+        if shape not in self._proofs:
+            proof = self._prove(shape, template_args, after_call=False)
+            if proof is None and shape.roles and shape.roles[0].startswith("tool"):
+                proof = self._prove(shape, template_args, after_call=True)
+            self._proofs[shape] = proof
+        return self._proofs[shape]
+
+    def _prove(self, shape: _Shape, template_args: Mapping[str, Any], *, after_call: bool) -> _Proof | None:
+        tools = [PROBE_TOOL] if shape.tools else []
+        proof = self._candidate(_probe_messages(shape.roles, "one"), tools, template_args, after_call=after_call)
+        if proof is None and not self._is_written(shape, tools, template_args):
+            return None
+        if proof is None:
+            return None
+        proven = False
+        for base in _probe_histories(with_tools=shape.tools):
+            for answer in _probe_answers(shape.roles):
+                heads = []
+                for word in ("one", "two"):
+                    new = _probe_messages(shape.roles, word)
+                    try:
+                        whole = self._template.text([*base, answer, *new], tools, template_args)
+                    except AlignmentError as error:
+                        self._reasons[shape] = str(error)
+                        break
+                    suffix = self._after_turn(proof, new, tools, template_args, answer)
+                    if suffix is None or not self._continues(whole, suffix, new):
+                        return None
+                    heads.append(whole[: len(whole) - len(suffix)])
+                else:
+                    if heads[0] != heads[1]:
+                        return None
+                    proven = True
+        if not proven:
+            return None
+        self._reasons.pop(shape, None)
+        return proof
+
+    def _continues(self, whole: str, suffix: str, new: Sequence[Message]) -> bool:
+        """Whether the whole render ends with `suffix`, in text and in ids, and the suffix says every new message."""
+        if not suffix or not whole.endswith(suffix) or not all(str(message["content"]) in suffix for message in new):
+            return False
+        encode, decode = self._template.encode, self._template.decode
+        ids, added = encode(whole), encode(suffix)
+        if ids[len(ids) - len(added) :] == added:
+            return True
+        # Without a control token at the seam, merges may cross it: then the text must survive, which is what is sampled
+        # after. Sampled text has no canonical ids there either.
+        head = encode(whole[: len(whole) - len(suffix)])
+        return decode([*head, *added]) == decode(ids)
+
+    def _candidate(
+        self, new: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any], *, after_call: bool
+    ) -> _Proof | None:
+        """Finds the end marker: what the template writes after the turn whether or not anything follows."""
+        answer = self._stand_in(new, _probe_answer(new)) if after_call else self._stand_in_content()
+        if answer is None:
+            return None
+        followed = self._after_sentinel([_ASKED, answer, *new], tools, template_args)
+        resting = {key: value for key, value in template_args.items() if key != "continue_final_message"}
+        final = self._after_sentinel([_ASKED, answer], tools, resting, generate=False) or ""
+        if followed is None:
+            return None
+        call_end = ""
+        if after_call:
+            shared = "".join(_shared(followed, final))
+            ends = max((shared.rfind(token) for token in self._special_texts()), default=-1)
+            if ends < 0:
+                return None
+            call_end = shared[:ends]
+        marker = self._end_marker(followed[len(call_end) :], final[len(call_end) :])
+        return _Proof(after_call, call_end, marker)
+
+    def _end_marker(self, followed: str, final: str) -> TokenIds:
+        """The ids that close a turn; notes every id that sampling may stop at."""
+        special = self._template.special_ids
+        next_ids, last_ids = self._template.encode(followed), self._template.encode(final)
+        shared = _shared(next_ids, last_ids)
+        closing = max((place for place, token in enumerate(shared) if token in special), default=-1) + 1
+        if not closing and next_ids and last_ids and next_ids[0] in special and last_ids[0] in special:
+            closing = 1  # the final turn is closed by another token than earlier ones (gpt-oss)
+        marker = tuple(next_ids[:closing])
+        ends = [marker[-1]] if marker else next_ids[:1]
+        if marker and marker[-1] not in last_ids:
+            ends += last_ids[:1]
+        self._stops.update(dict.fromkeys(token for token in ends if token in special))
+        return marker
+
+    def _special_texts(self) -> list[str]:
+        return [text for text in (self._template.decode([token]) for token in self._template.special_ids) if text]
+
+
+def safe_parse(
+    parser: Parser,
+    template: ChatTemplate,
+    prompt_ids: Sequence[int],
+    completion_ids: Sequence[int],
+    tools: Sequence[Tool],
+) -> Parsed:
+    """The parser's reading, or the plain text where it fails: sampled ids may be anything."""
+    try:
+        return parser.parse(prompt_ids, completion_ids, tools)
+    except Exception:  # noqa: BLE001 - a parser meets what no grammar foresaw; the text itself is then the message
+        return Parsed(_safe_decode(template, completion_ids))
+
+
+def _safe_decode(template: ChatTemplate, ids: Sequence[int]) -> str:
+    try:
+        return template.decode(ids)
+    except (OverflowError, TypeError, ValueError, KeyError, IndexError):  # ids outside the vocabulary
+        return ""
+
+
+def _shared(one: Sequence[_T], other: Sequence[_T]) -> list[_T]:
+    """The longest common start."""
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+
+
+def _sampled_part(completion: Sequence[int], ids: Sequence[int], marker: TokenIds, *, ended: bool) -> int:
+    """How many of the leading `ids` stand in the completion already, or are made needless by how it ended."""
+    if not completion:
+        return 0
+    last = completion[-1]
+    if last in marker:
+        return len(marker) - marker[::-1].index(last)
+    if not ended:
+        return 0
+    if marker:
+        return len(marker)  # a second stop token closed the turn
+    return int(bool(ids) and ids[0] == last)  # the next role's own marker was sampled as the stop
+
+
+def _shape(messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any]) -> _Shape:
+    return _Shape(tuple(map(_kind, messages)), bool(tools), digest(dict(template_args)))
+
+
+def _kind(message: Message) -> str:
+    role = str(message.get("role") or "")
+    if role == "tool" and message.get("name"):
+        return "tool:named"
+    if role == "assistant" and tool_calls_of(message):
+        return "assistant:calls"
+    return role
+
+
+# -- probe conversations -----------------------------------------------------------------------------------------
+
+
+def _probe_messages(kinds: Sequence[str], word: str) -> list[Message]:
+    messages: list[Message] = []
+    for place, kind in enumerate(kinds):
+        role, _, detail = kind.partition(":")
+        message: dict[str, Any] = {"role": role, "content": f"{role} {word} {place}"}
+        if role == "tool":
+            message["tool_call_id"] = f"call{place:05}"
+        if detail == "named":
+            message["name"] = "probe_tool"
+        if detail == "calls":
+            message["tool_calls"] = [probe_call(f"call{place + 1:05}", word)]
+        messages.append(message)
+    return messages
+
+
+def _probe_answers(kinds: Sequence[str]) -> Iterator[Message]:
+    results = next((place for place, kind in enumerate(kinds) if not kind.startswith("tool")), len(kinds))
+    if not results:
+        yield {"role": "assistant", "content": "an answer"}
+        yield {"role": "assistant", "content": "an answer", "reasoning_content": "a thought"}
+        return
+    calls = [probe_call(f"call{place:05}", "this") for place in range(results)]
+    yield {"role": "assistant", "content": "", "tool_calls": calls}
+    yield {"role": "assistant", "content": "first a look", "tool_calls": calls}
+    yield {"role": "assistant", "content": "", "reasoning_content": "a thought", "tool_calls": calls}
+
+
+def _probe_histories(*, with_tools: bool) -> Iterator[list[Message]]:
+    answer: Message = {"role": "assistant", "content": "an earlier answer"}
+    yield [_ASKED]
+    yield [{"role": "system", "content": "some rules"}, _ASKED]
+    yield [_ASKED, answer, {"role": "user", "content": "another question"}]
+    if with_tools:
+        called: Message = {"role": "assistant", "content": "", "tool_calls": [probe_call("call90000", "that")]}
+        result: Message = {"role": "tool", "tool_call_id": "call90000", "name": "probe_tool", "content": "found"}
+        yield [_ASKED, called, result, answer, {"role": "user", "content": "another question"}]
