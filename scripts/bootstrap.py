@@ -20,6 +20,7 @@ Exit status: 2 when it was called wrongly or no Python is suitable, 1 when an in
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -32,8 +33,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    Version = tuple[int, ...]
 
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT / ".venvs"
@@ -43,20 +48,18 @@ OLDEST_UV = (0, 8)
 OLDEST_PIP = "25.1"  # the first with --group
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
-Version = Tuple[int, ...]
-
 
 class Environment(NamedTuple):
     """What goes into `.venvs/<name>`: extras and dependency groups of pyproject.toml."""
 
-    extras: Tuple[str, ...]
-    groups: Tuple[str, ...]
+    extras: tuple[str, ...]
+    groups: tuple[str, ...]
 
 
 ENVIRONMENTS = {
     "trl": Environment(extras=("trl",), groups=("test", "check")),
 }
-PYTHONS: Tuple[Version, ...] = ((3, 12), (3, 11), (3, 13))  # in order of preference
+PYTHONS: tuple[Version, ...] = ((3, 12), (3, 11), (3, 13))  # in order of preference
 
 
 class BootstrapError(Exception):
@@ -73,11 +76,8 @@ class BootstrapError(Exception):
 def end_with_parent(parent: int) -> None:
     """Have the kernel send SIGTERM to this process when its parent, `parent`, ends. It outlives exec. Linux only."""
     if sys.platform.startswith("linux"):
-        with contextlib.suppress(ImportError):  # a Python built without libffi
-            import ctypes
-
-            pr_set_pdeathsig = 1  # prctl(2)
-            ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM), 0, 0, 0)
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent:  # it ended before it could be watched
         raise SystemExit(128 + signal.SIGTERM)
 
@@ -162,7 +162,7 @@ class Stages:
         print("\r\033[K" + f"{mark} {title} ({seconds:.0f} s)  {newest}"[:width], end="", file=sys.stderr, flush=True)
 
 
-def _last_lines(path: Path, count: int) -> List[str]:
+def _last_lines(path: Path, count: int) -> list[str]:
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [line for line in lines if line][-count:]
 
@@ -200,7 +200,7 @@ def candidates(version: Version, environ: Mapping[str, str]) -> Iterator[str]:
         yield from sorted(map(str, folder.glob(f"*/bin/{name}")), reverse=True)
 
 
-def python_version(python: str) -> Optional[Version]:
+def python_version(python: str) -> Version | None:
     """The (major, minor) of a CPython, or None when it does not run (a pyenv shim, say) or is something else."""
     question = "import sys; print(sys.implementation.name, *sys.version_info[:2])"
     try:
@@ -211,9 +211,9 @@ def python_version(python: str) -> Optional[Version]:
     return (int(major), int(minor)) if name == "cpython" else None
 
 
-def find_python(wanted: Sequence[Version], environ: Mapping[str, str]) -> Optional[Tuple[str, Version]]:
+def find_python(wanted: Sequence[Version], environ: Mapping[str, str]) -> tuple[str, Version] | None:
     """The first interpreter that runs, in the order of `wanted`, and its version."""
-    known: Dict[str, Optional[Version]] = {}
+    known: dict[str, Version | None] = {}
     for version in wanted:
         for python in candidates(version, environ):
             if python not in known:
@@ -223,7 +223,7 @@ def find_python(wanted: Sequence[Version], environ: Mapping[str, str]) -> Option
     return None
 
 
-def choose_python(torch_wheels: Mapping[Version, str], environ: Mapping[str, str]) -> Optional[Tuple[str, Version]]:
+def choose_python(torch_wheels: Mapping[Version, str], environ: Mapping[str, str]) -> tuple[str, Version] | None:
     """The interpreter for the environment: as asked, else one that a local torch wheel fits, else as we prefer.
 
     None when this machine has none of those we would take by ourselves.
@@ -236,7 +236,7 @@ def choose_python(torch_wheels: Mapping[Version, str], environ: Mapping[str, str
         if version is None:
             raise BootstrapError(f"GYMLINK_PYTHON={asked!r} does not run, or is not a CPython.", status=2)
         if version < min(PYTHONS):
-            raise BootstrapError(f"GYMLINK_PYTHON={asked!r} is Python {_dotted(version)}; 3.11 is the oldest.", status=2)
+            raise BootstrapError(f"GYMLINK_PYTHON={asked!r} is Python {_dotted(version)}; 3.11 is the oldest.", 2)
         return asked, version
     else:
         wanted = sorted(PYTHONS, key=lambda version: version not in torch_wheels)
@@ -250,8 +250,8 @@ def no_python(wanted: Sequence[Version], environ: Mapping[str, str]) -> Bootstra
     searched = [f"PATH: {search_path(environ)}", f"pyenv: {pyenv_folder(environ)}", f"uv: {uv_pythons_folder(environ)}"]
     return BootstrapError(
         f"No suitable Python was found: looked for {' or '.join(map(_dotted, wanted))} in\n{_indented(searched)}\n"
-        "Install one, for instance with `uv python install 3.12`, `pyenv install 3.12` or your system's package manager "
-        "(python3.12 and python3.12-venv), or name one with GYMLINK_PYTHON=/path/to/python3.12.",
+        "Install one, for instance with `uv python install 3.12`, `pyenv install 3.12` or your system's package "
+        "manager (python3.12 and python3.12-venv), or name one with GYMLINK_PYTHON=/path/to/python3.12.",
         status=2,
     )
 
@@ -263,19 +263,19 @@ def _dotted(version: Version) -> str:
 # --- torch ----------------------------------------------------------------------------------------------------------
 
 
-def find_links(environ: Mapping[str, str]) -> List[str]:
+def find_links(environ: Mapping[str, str]) -> list[str]:
     """Folders and pages of wheels named for pip (separated by blanks) or for uv (by commas)."""
     links = environ.get("PIP_FIND_LINKS", "").split() + environ.get("UV_FIND_LINKS", "").split(",")
     return list(dict.fromkeys(link.strip() for link in links if link.strip()))
 
 
-def local_torch_wheels(links: Sequence[str]) -> Dict[Version, str]:
+def local_torch_wheels(links: Sequence[str]) -> dict[Version, str]:
     """The newest torch that lies in these folders for this machine, by the Python version it is built for.
 
     The version is the public one (2.13.0 of 2.13.0+cpu). Without an exact requirement uv would pass over a local
     build and fetch gigabytes of CUDA.
     """
-    newest: Dict[Version, str] = {}
+    newest: dict[Version, str] = {}
     name = re.compile(r"torch-(\d+(?:\.\d+)*)(?:\+[\w.]+)?(?:-\d\w*)?-cp3(\d+)-cp3\2-(\S*linux\S*)\.whl")
     for link in links:
         for wheel in Path(link[len("file://") :] if link.startswith("file://") else link).glob("torch-*.whl"):
@@ -290,8 +290,8 @@ def local_torch_wheels(links: Sequence[str]) -> Dict[Version, str]:
 def pytorch_index_answers() -> bool:
     try:
         request = urllib.request.Request(TORCH_CPU_INDEX + "/torch/", method="HEAD")
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(request, timeout=5):
+            return True
     except (OSError, ValueError):
         return False
 
@@ -303,7 +303,7 @@ def has_nvidia_gpu() -> bool:
 # --- Installers -----------------------------------------------------------------------------------------------------
 
 
-def installer_environ(environ: Mapping[str, str]) -> Dict[str, str]:
+def installer_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The installers' own surroundings: what is set for pip holds for uv too, where uv was not told otherwise."""
     own = {key: value for key, value in environ.items() if key not in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")}
     for_pip_and_uv = {
@@ -320,7 +320,7 @@ def installer_environ(environ: Mapping[str, str]) -> Dict[str, str]:
     return own
 
 
-def uv_works(uv: Optional[str]) -> bool:
+def uv_works(uv: str | None) -> bool:
     if not uv:
         return False
     try:
@@ -331,7 +331,7 @@ def uv_works(uv: Optional[str]) -> bool:
     return match is not None and (int(match[1]), int(match[2])) >= OLDEST_UV
 
 
-def find_uv(stages: Stages, python: str) -> Optional[str]:
+def find_uv(stages: Stages, python: str) -> str | None:
     """The uv on PATH, else one in a private folder of the checkout (made with `python`), else None."""
     on_path = shutil.which("uv", path=search_path(stages.environ))
     if uv_works(on_path):
@@ -353,9 +353,9 @@ def find_uv(stages: Stages, python: str) -> Optional[str]:
     return str(private) if uv_works(str(private)) else None
 
 
-def fetch_python(stages: Stages, uv: Optional[str]) -> Optional[Tuple[str, Version]]:
-    """Have uv fetch an interpreter of its own, unless UV_PYTHON_DOWNLOADS forbids it."""
-    if uv is None or stages.environ.get("UV_PYTHON_DOWNLOADS") == "never":
+def fetch_python(stages: Stages, uv: str | None) -> tuple[str, Version] | None:
+    """Have uv fetch an interpreter into its own folder."""
+    if uv is None:
         return None
     try:
         stages.run(f"fetch Python {_dotted(PYTHONS[0])} with uv", [uv, "python", "install", _dotted(PYTHONS[0])])
@@ -364,7 +364,7 @@ def fetch_python(stages: Stages, uv: Optional[str]) -> Optional[Tuple[str, Versi
     return find_python(PYTHONS[:1], stages.environ)
 
 
-def install_with_uv(stages: Stages, uv: str, python: str, venv: Path, wanted: Sequence[str], torch: bool) -> None:
+def install_with_uv(stages: Stages, uv: str, python: str, venv: Path, wanted: Sequence[str], *, torch: bool) -> None:
     backend = []
     if torch and not stages.environ.get("UV_TORCH_BACKEND") and pytorch_index_answers():
         backend = ["--torch-backend", "auto"]  # the CPU build where there is no GPU
@@ -375,7 +375,7 @@ def install_with_uv(stages: Stages, uv: str, python: str, venv: Path, wanted: Se
     )
 
 
-def install_with_pip(stages: Stages, python: str, venv: Path, wanted: Sequence[str], torch: bool) -> None:
+def install_with_pip(stages: Stages, python: str, venv: Path, wanted: Sequence[str], *, torch: bool) -> None:
     index = []
     if torch and not has_nvidia_gpu() and pytorch_index_answers():
         index = ["--extra-index-url", TORCH_CPU_INDEX]
@@ -391,7 +391,7 @@ def install_with_pip(stages: Stages, python: str, venv: Path, wanted: Sequence[s
 # --- Environments ---------------------------------------------------------------------------------------------------
 
 
-def requirements(name: str, environ: Mapping[str, str]) -> List[str]:
+def requirements(name: str, environ: Mapping[str, str]) -> list[str]:
     """What to ask an installer for, whichever: the project itself, its groups, and the framework's exact version."""
     environment = ENVIRONMENTS[name]
     arguments = ["--editable", f".[{','.join(environment.extras)}]"]
@@ -443,6 +443,8 @@ def make(name: str, environ: Mapping[str, str]) -> None:
         raise BootstrapError(f"GYMLINK_INSTALLER={installer!r}: expected 'uv' or 'pip'.", status=2)
 
     chosen = choose_python(torch_wheels, environ)
+    if chosen is None and environ.get("UV_PYTHON_DOWNLOADS") == "never":
+        raise no_python(PYTHONS, environ)
     uv = find_uv(stages, chosen[0] if chosen else sys.executable) if installer == "uv" else None
     chosen = chosen or fetch_python(stages, uv)
     if chosen is None:
@@ -477,7 +479,7 @@ def prepare(name: str, environ: Mapping[str, str]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         (folder / STAMP).unlink()
     if folder.is_dir():
         shutil.rmtree(str(folder))
@@ -501,15 +503,15 @@ def become(name: str, command: Sequence[str], started: float, environ: Mapping[s
     os.execve(program, list(command), own)
 
 
-def parse(arguments: Sequence[str]) -> Tuple[Optional[int], str, List[str]]:
+def parse(arguments: Sequence[str]) -> tuple[int | None, str, list[str]]:
     """Give (parent, environment, command)."""
     own = list(arguments)
-    command: List[str] = []
+    command: list[str] = []
     if "--" in own:
         at = own.index("--")
         own, command = own[:at], own[at + 1 :]
     parent = None
-    if len(own) == 3 and own[0] == "--parent" and own[1].isdigit():
+    if own[:1] == ["--parent"] and own[1:] and own[1].isdigit():
         parent, own = int(own[1]), own[2:]
     if len(own) != 1:
         raise BootstrapError("usage: bootstrap.py [--parent PID] ENVIRONMENT [-- COMMAND...]", status=2)

@@ -153,15 +153,20 @@ def draw_curve(rewards: Sequence[float], path: Path, *, title: str) -> None:
 
 def show_curve(rewards: Sequence[float], console: Console) -> None:
     """The reward of each step as a chart in the terminal."""
-    import plotext
+    import uniplot
 
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plot_size(min(console.width, 80), 16)
-    plotext.plot(list(range(1, len(rewards) + 1)), list(rewards), marker="braille")
-    plotext.ylim(0, 1)
-    plotext.title("mean reward by step")
-    console.print(plotext.build(), markup=False, highlight=False)
+    chart = uniplot.plot_to_string(
+        list(rewards),
+        xs=list(range(1, len(rewards) + 1)),
+        y_min=0,
+        y_max=1,
+        width=min(console.width - 12, 72),
+        height=12,
+        lines=True,
+        title="mean reward by step",
+    )
+    console.print(chart, markup=False, highlight=False)
+
 
 
 class _Stages:

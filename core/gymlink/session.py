@@ -106,7 +106,8 @@ class Session:
         return tuple(self._running_gym.agents)
 
     @property
-    def gym_version(self) -> str:
+    def gym_version(self) -> str | None:
+        """The version of nemo-gym; None for a Gym that this process attached to."""
         return self._running_gym.version
 
     @property
@@ -127,7 +128,8 @@ class Session:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         rank = self._peers.rank
         attached = self._attached()
-        secret: str = self._peers.exchange(attached.policy_api_key if attached else secrets.token_urlsafe(24))[0]
+        own_secret = _policy_key(attached) if attached else secrets.token_urlsafe(24)
+        secret = str(self._peers.exchange(own_secret)[0])
         self._loop = _LoopThread()
         atexit.register(self.stop)
         self._gateway = GatewayServer(create_app(self._service, secret, self._router), self._gateway_settings(rank))
@@ -136,7 +138,7 @@ class Session:
         if rank == 0:
             self._router.peers |= {str(peer): url for peer, url in urls.items() if peer != rank}
         self._gym = self._join_gym(attached, urls[0], secret)
-        self._client = GymClient(self._gym, limit=self._settings.rollout.concurrency)
+        self._client = GymClient(self._gym, connections=self._settings.rollout.concurrency)
         self._collector = Collector(
             self._client, self._service, self._settings.rollout, self._settings.alignment, owner=rank
         )
@@ -232,7 +234,7 @@ class Session:
 
     async def _close(self) -> None:
         if self._client is not None:
-            await self._client.aclose()
+            await self._client.close()
         if self._gateway is not None:
             await self._gateway.stop()
         await self._router.aclose()
@@ -256,6 +258,17 @@ def _check_policy_url(gym: GymServers, gateway_url: str) -> None:
             f"{gateway_url}/v1. Set gateway.host and gateway.port to the address that Gym was started with, or start "
             "Gym with policy_base_url set to this one."
         )
+
+
+def _policy_key(gym: GymServers) -> str:
+    """The secret with which an attached Gym calls the policy."""
+    key = gym.config.get("policy_api_key")
+    if not isinstance(key, str) or key.startswith("${"):
+        raise ConfigError(
+            f"The Gym at {gym.head_url} has policy_api_key {key!r}, which cannot be read from here. Start it with the "
+            "key itself, such as ++policy_api_key=<a secret of yours>."
+        )
+    return key
 
 
 class _LoopThread:

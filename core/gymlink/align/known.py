@@ -155,7 +155,11 @@ def recognise(template: ChatTemplate) -> KnownParser | None:
             renderer = _make(tokenizer, name, {})
             if all(
                 tuple(
-                    renderer.render_ids([_plain(m) for m in messages], tools=_specs(tools), add_generation_prompt=True)
+                    renderer.render_ids(
+                        [_plain(template.adapt(message)) for message in messages],
+                        tools=_specs(tools),
+                        add_generation_prompt=True,
+                    )
                 )
                 == ids
                 for messages, tools, ids in expected

@@ -18,18 +18,20 @@ from typing import Any, Final, Protocol, TypeVar
 import orjson
 
 from gymlink.align.base import NO_ARGS, FormatReport, Parsed
-from gymlink.align.canonical import digest, tool_calls_of
+from gymlink.align.canonical import digest, split_reasoning, tool_calls_of
 from gymlink.align.template import PROBE_TOOL, ChatTemplate, probe_call
 from gymlink.errors import AlignmentError
 from gymlink.types import FinishReason, Message, TokenIds, Tool
 
 _T = TypeVar("_T")
 _ASKED: Final[Message] = {"role": "user", "content": "question"}
-_KINDS: Final[Mapping[str, tuple[tuple[str, ...], bool]]] = {
-    "user": (("user",), False),
-    "user, with tools": (("user",), True),
-    "tool result": (("tool",), True),
-    "tool results": (("tool", "tool"), True),
+_CALLS, _TEXT_AND_CALLS, _ANY = "calls", "text and calls", ""
+_KINDS: Final[Mapping[str, tuple[tuple[str, ...], str, bool]]] = {
+    "user": (("user",), _ANY, False),
+    "user, with tools": (("user",), _ANY, True),
+    "tool result": (("tool",), _CALLS, True),
+    "tool result, after text": (("tool",), _TEXT_AND_CALLS, True),
+    "tool results": (("tool", "tool"), _CALLS, True),
 }
 
 
@@ -47,6 +49,8 @@ class _Shape:
     """What a continuation's form depends on. One proof holds for all messages of a shape."""
 
     roles: tuple[str, ...]
+    answer: str
+    """For tool results, the message with the calls: "calls", "text and calls", or "" where it is not known."""
     tools: bool
     args: bytes
 
@@ -73,6 +77,7 @@ class TemplateFormat:
         self._sentinel = "Zq" + secrets.token_hex(12)
         self._proofs: dict[_Shape, _Proof | None] = {}
         self._reasons: dict[_Shape, str] = {}
+        self._openers = self._find_openers()
         self._stops: dict[int, None] = dict.fromkeys(parser.stop_token_ids)
         eos = template.tokenizer.eos_token_id
         self._stops.update(dict.fromkeys([eos] if isinstance(eos, int) else eos or []))
@@ -105,7 +110,7 @@ class TemplateFormat:
         ended = self._ended(completion_ids, finish_reason)
         if not new_messages and template_args.get("continue_final_message"):
             return None if ended else ()
-        shape = _shape(new_messages, tools, template_args)
+        shape = _shape(new_messages, answered, tools, template_args)
         proof = self._proof(shape, template_args)
         if proof is None:
             return None
@@ -215,8 +220,8 @@ class TemplateFormat:
 
     def _prove_usual_kinds(self) -> FormatReport:
         extends, forks, refused = [], [], {}
-        for kind, (roles, with_tools) in _KINDS.items():
-            shape = _Shape(roles, with_tools, digest({}))
+        for kind, (roles, answer, with_tools) in _KINDS.items():
+            shape = _Shape(roles, answer, with_tools, digest({}))
             if self._proof(shape, NO_ARGS) is not None:
                 extends.append(kind)
             elif shape in self._reasons:
@@ -235,14 +240,12 @@ class TemplateFormat:
 
     def _prove(self, shape: _Shape, template_args: Mapping[str, Any], *, after_call: bool) -> _Proof | None:
         tools = [PROBE_TOOL] if shape.tools else []
-        proof = self._candidate(_probe_messages(shape.roles, "one"), tools, template_args, after_call=after_call)
-        if proof is None and not self._is_written(shape, tools, template_args):
-            return None
+        proof = self._candidate(shape, tools, template_args, after_call=after_call)
         if proof is None:
             return None
         proven = False
         for base in _probe_histories(with_tools=shape.tools):
-            for answer in _probe_answers(shape.roles):
+            for answer in _probe_answers(shape):
                 heads = []
                 for word in ("one", "two"):
                     new = _probe_messages(shape.roles, word)
@@ -278,10 +281,15 @@ class TemplateFormat:
         return decode([*head, *added]) == decode(ids)
 
     def _candidate(
-        self, new: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any], *, after_call: bool
+        self, shape: _Shape, tools: Sequence[Tool], template_args: Mapping[str, Any], *, after_call: bool
     ) -> _Proof | None:
         """Finds the end marker: what the template writes after the turn whether or not anything follows."""
-        answer = self._stand_in(new, _probe_answer(new)) if after_call else self._stand_in_content()
+        new, asked = _probe_messages(shape.roles, "one"), next(_probe_answers(shape))
+        try:
+            self._template.text([_ASKED, asked, *new], tools, template_args)
+        except AlignmentError as error:
+            self._reasons[shape] = str(error)
+        answer = self._stand_in(new, asked) if after_call else self._stand_in_content()
         if answer is None:
             return None
         followed = self._after_sentinel([_ASKED, answer, *new], tools, template_args)
@@ -308,11 +316,29 @@ class TemplateFormat:
         if not closing and next_ids and last_ids and next_ids[0] in special and last_ids[0] in special:
             closing = 1  # the final turn is closed by another token than earlier ones (gpt-oss)
         marker = tuple(next_ids[:closing])
+        if marker and marker[-1] in self._openers:
+            marker = ()  # GLM: the turn ends where the next role's marker begins, and that marker belongs to it
         ends = [marker[-1]] if marker else next_ids[:1]
         if marker and marker[-1] not in last_ids:
-            ends += last_ids[:1]
+            ends += last_ids[:1]  # what the final turn is closed by
         self._stops.update(dict.fromkeys(token for token in ends if token in special))
         return marker
+
+    def _find_openers(self) -> frozenset[int]:
+        """The control tokens that stand right before a message's text."""
+        word = self._sentinel
+        called: Message = {"role": "assistant", "content": "", "tool_calls": [probe_call("call00000", "this")]}
+        result: Message = {"role": "tool", "tool_call_id": "call00000", "name": "probe_tool", "content": word}
+        openers = set()
+        for messages in ([{"role": "user", "content": word}], [_ASKED, called, result]):
+            try:
+                before = self._template.text(messages, [PROBE_TOOL]).partition(word)[0]
+            except AlignmentError:
+                continue
+            openers.update(
+                [token for token in self._template.encode(before) if token in self._template.special_ids][-1:]
+            )
+        return frozenset(openers)
 
     def _special_texts(self) -> list[str]:
         return [text for text in (self._template.decode([token]) for token in self._template.special_ids) if text]
@@ -358,8 +384,13 @@ def _sampled_part(completion: Sequence[int], ids: Sequence[int], marker: TokenId
     return int(bool(ids) and ids[0] == last)  # the next role's own marker was sampled as the stop
 
 
-def _shape(messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any]) -> _Shape:
-    return _Shape(tuple(map(_kind, messages)), bool(tools), digest(dict(template_args)))
+def _shape(
+    messages: Sequence[Message], answered: Message | None, tools: Sequence[Tool], template_args: Mapping[str, Any]
+) -> _Shape:
+    answer = _ANY
+    if answered and messages and messages[0].get("role") == "tool" and tool_calls_of(answered):
+        answer = _TEXT_AND_CALLS if split_reasoning(answered)[0] else _CALLS
+    return _Shape(tuple(map(_kind, messages)), answer, bool(tools), digest(dict(template_args)))
 
 
 def _kind(message: Message) -> str:
@@ -389,16 +420,16 @@ def _probe_messages(kinds: Sequence[str], word: str) -> list[Message]:
     return messages
 
 
-def _probe_answers(kinds: Sequence[str]) -> Iterator[Message]:
-    results = next((place for place, kind in enumerate(kinds) if not kind.startswith("tool")), len(kinds))
+def _probe_answers(shape: _Shape) -> Iterator[Message]:
+    results = len(list(takewhile(lambda kind: kind.startswith("tool"), shape.roles)))
     if not results:
         yield {"role": "assistant", "content": "an answer"}
         yield {"role": "assistant", "content": "an answer", "reasoning_content": "a thought"}
         return
     calls = [probe_call(f"call{place:05}", "this") for place in range(results)]
-    yield {"role": "assistant", "content": "", "tool_calls": calls}
-    yield {"role": "assistant", "content": "first a look", "tool_calls": calls}
-    yield {"role": "assistant", "content": "", "reasoning_content": "a thought", "tool_calls": calls}
+    for text in {_CALLS: ("",), _TEXT_AND_CALLS: ("first a look",)}.get(shape.answer, ("", "first a look")):
+        yield {"role": "assistant", "content": text, "tool_calls": calls}
+        yield {"role": "assistant", "content": text, "reasoning_content": "a thought", "tool_calls": calls}
 
 
 def _probe_histories(*, with_tools: bool) -> Iterator[list[Message]]:

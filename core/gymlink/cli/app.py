@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from gymlink import __version__
-from gymlink.errors import ConfigError, GymlinkError, PluginError
+from gymlink.errors import ConfigError, GymlinkError, GymStartError, PluginError
 
 app = typer.Typer(
     name="gymlink",
@@ -77,7 +77,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _leave)
     try:
         app()
-    except (ConfigError, PluginError) as error:
+    except (ConfigError, PluginError, GymStartError) as error:
         _complain(error)
         sys.exit(USED_WRONGLY)
     except GymlinkError as error:

@@ -1,0 +1,26 @@
+"""NeMo Gym as a process: its interpreter, its environments, its servers, its rows, and a client for them.
+
+Gym never shares an interpreter with the trainer, and gymlink never imports it.
+"""
+
+from gymlink.gym.client import GymClient
+from gymlink.gym.install import GymEnvironment, cache_folder, prepare_gym
+from gymlink.gym.interpreter import Interpreter, find_interpreter
+from gymlink.gym.rows import check_rows, parse_row, read_rows
+from gymlink.gym.servers import GymServers, Server, attach_gym, start_gym
+
+__all__ = [
+    "GymClient",
+    "GymEnvironment",
+    "GymServers",
+    "Interpreter",
+    "Server",
+    "attach_gym",
+    "cache_folder",
+    "check_rows",
+    "find_interpreter",
+    "parse_row",
+    "prepare_gym",
+    "read_rows",
+    "start_gym",
+]

@@ -32,6 +32,8 @@ MODEL_CONFIG = "responses_api_models/vllm_model/configs/vllm_model_for_training.
 POLICY_KEY_VARIABLE = "GYMLINK_POLICY_API_KEY"
 """Where Gym's servers find the policy's key: never in a file, on a command line or in the head server's answers."""
 
+_ANY_POLICY = ("++policy_base_url='http://127.0.0.1/v1'", "++policy_api_key=''", "++policy_model_name=policy")
+
 # Run by Gym's interpreter with: where to answer, the config paths and the overrides, both as JSON.
 _ASK_GYM = f"""
 import json, sys
@@ -62,7 +64,7 @@ answer.write_text(json.dumps({{
     "config": OmegaConf.to_container(config, resolve=False),
     "config_paths": paths,
     "given": given,
-    "files": [str(path.absolute()) for path in [*found, *([dotenv] if dotenv else [])]],
+    "files": [str(path.resolve()) for path in [*found, *([dotenv] if dotenv else [])]],
     "install": str(PARENT_DIR),
 }}))
 """
@@ -104,12 +106,12 @@ def plan(
     env: Mapping[str, str],
     report: Report,
 ) -> Plan:
-    """Let Gym read the configuration.
+    """Let Gym read the configuration. Where the policy is has no part in it.
 
     Args:
         gym: the Gym to ask.
         config_paths: as in the settings.
-        overrides: Hydra overrides, see `hydra_override`.
+        overrides: the settings' own, in Hydra's form (`hydra_override`).
         root: the user's folder, of which `cwd` holds links.
         cwd: the folder that relative paths refer to first, then Gym's install.
         env: the environment for Gym.
@@ -189,7 +191,7 @@ def _ask(
     report: Report,
 ) -> dict[str, Any]:
     answer, log = cwd / "answer.json", cwd / "answer.log"
-    question = [str(answer), json.dumps([*config_paths]), json.dumps([*overrides])]
+    question = [str(answer), json.dumps([*config_paths]), json.dumps([*_ANY_POLICY, *overrides])]
     started = time.monotonic()
     with log.open("wb") as output:
         # -P as for the console script: the working directory must not shadow Gym's packages.

@@ -16,6 +16,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import socket
 import tempfile
 import time
@@ -176,12 +177,7 @@ def start_gym(
         private = _Private(settings.root or Path.cwd(), log_dir)
         undo.callback(private.remove)
         env = _environment(gym, private, policy_api_key)
-        overrides = [
-            *hydra_override("policy_base_url", policy_base_url if isinstance(policy_base_url, str) else [*policy_base_url]),
-            *hydra_override("policy_api_key", f"${{oc.env:{POLICY_KEY_VARIABLE}}}"),
-            *hydra_override("policy_model_name", policy_model_name),
-            *(item for path, value in settings.overrides.items() for item in hydra_override(path, value)),
-        ]
+        overrides = [item for path, value in settings.overrides.items() for item in hydra_override(path, value)]
         planned = plan(
             gym, settings.config_paths, overrides, root=private.root, cwd=private.work, env=env, report=report
         )
@@ -194,6 +190,9 @@ def start_gym(
             "env",
             "start",
             f"+config_paths={hydra_value(planned.config_paths)}",
+            *hydra_override("policy_base_url", policy_base_url),
+            *hydra_override("policy_api_key", f"${{oc.env:{POLICY_KEY_VARIABLE}}}"),
+            *hydra_override("policy_model_name", policy_model_name),
             *own,
             *overrides,
         ]
@@ -232,8 +231,6 @@ class _Private:
         link.symlink_to(prefix)
 
     def remove(self) -> None:
-        import shutil
-
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -304,6 +301,11 @@ def _is_free(host: str, port: int) -> bool:
 
 def _reachable(host: str) -> str:
     return "127.0.0.1" if host in {"0.0.0.0", "::", ""} else host  # noqa: S104  (an address to replace, not to bind)
+
+
+def agents_of(config: Mapping[str, Any], head_url: str) -> dict[str, str]:
+    """Name to base URL of the agents in a whole Gym config."""
+    return {server.name: server.url for server in _servers(config, [], head_url).values() if server.kind == AGENTS}
 
 
 def _servers(config: Mapping[str, Any], instances: Sequence[Mapping[str, Any]], head_url: str) -> dict[str, Server]:

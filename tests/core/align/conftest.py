@@ -23,6 +23,14 @@ _CONTROL = re.compile(
 )
 _TAGS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 _TAGS += ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
+_BOS = [
+    ("gemma", "<bos>"),
+    ("diffusion_gemma", "<bos>"),
+    ("llama3", "<|begin_of_text|>"),
+    ("deepseek", "<｜begin▁of▁sentence｜>"),
+    ("cohere", "<BOS_TOKEN>"),
+    ("lfm2", "<|startoftext|>"),
+]
 # What each family stops at, as its models' generation configs say.
 _EOS = [
     ("phi3", "<|endoftext|>"),
@@ -46,7 +54,10 @@ def _trained() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    corpus = ["system user assistant tool question answer the quick brown fox jumps over the lazy dog", "0 1 2 3 4 5"] * 4
+    corpus = [
+        "system user assistant tool question answer the quick brown fox jumps over the lazy dog",
+        "0 1 2 3 4 5",
+    ] * 4
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([*corpus, *(path.read_text() for path in TEMPLATES.glob("*.jinja"))], trainer)
@@ -58,15 +69,30 @@ def make_tokenizer(template: str, text: str | None = None) -> Any:
     text = text or (TEMPLATES / f"{template}.jinja").read_text()
     eos = next((eos for prefix, eos in _EOS if template.startswith(prefix)), "<|im_end|>")
     tokenizer = Tokenizer.from_str(_trained())
-    special = dict.fromkeys([eos, "<|endoftext|>", *_CONTROL.findall(text)])
+    bos = next((bos for prefix, bos in _BOS if template.startswith(prefix)), "<|endoftext|>")
+    special = dict.fromkeys([eos, bos, "<|endoftext|>", *_CONTROL.findall(text)])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in _TAGS])
-    bos = next((token for token in ("<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>") if token in special), None)
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=eos, pad_token="<|endoftext|>", bos_token=bos or "<|endoftext|>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token="<|endoftext|>", bos_token=bos)
     made.chat_template = text
     return made
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `template` runs on every template."""
+    if "template" in metafunc.fixturenames:
+        metafunc.parametrize("template", NAMES)
+
+
+@pytest.fixture(scope="session")
+def template_names() -> list[str]:
+    return NAMES
+
+
+@pytest.fixture(scope="session")
+def make() -> Any:
+    """Makes a fresh tokenizer, with another template text if given."""
+    return make_tokenizer
 
 
 @pytest.fixture(scope="session")

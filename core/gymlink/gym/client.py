@@ -1,0 +1,167 @@
+"""Sends rows to Gym's agents: one connection pool, a deadline on every call, and no retries (the caller decides on those).
+
+No cookie is kept: Gym marks sessions by cookie, and two rollouts must never share one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+import aiohttp
+import orjson
+import yaml
+
+from gymlink.errors import GymRequestError
+
+_SHOWN = 500
+"""Characters of an error answer that a message holds."""
+_HEAD_TIMEOUT_S = 10.0
+
+
+class Addresses(Protocol):
+    """Where a Gym answers; `GymServers` is one."""
+
+    @property
+    def head_url(self) -> str: ...
+    @property
+    def agents(self) -> Mapping[str, str]:
+        """Base URL by agent name."""
+        ...
+
+
+class _Address:
+    def __init__(self, head_url: str) -> None:
+        self.head_url = head_url
+        self.agents: Mapping[str, str] = {}
+
+
+class GymClient:
+    """An asyncio client of a running Gym; an async context manager, used within one event loop.
+
+    Args:
+        gym: a running Gym, or the URL of its head server, which is asked for the agents on the first row.
+        connections: calls in flight at a time; more wait, on their own deadline.
+    """
+
+    def __init__(self, gym: Addresses | str, *, connections: int = 1024) -> None:
+        self._gym = _Address(gym.rstrip("/")) if isinstance(gym, str) else gym
+        self._agents: Mapping[str, str] = self._gym.agents
+        self._connections = connections
+        self._opened: aiohttp.ClientSession | None = None
+
+    async def run(self, agent: str, row: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
+        """One rollout: POST the row to the agent's /run.
+
+        Returns:
+            Gym's answer, with at least `reward` and `response`.
+
+        Raises:
+            GymRequestError: kind "http" (an error status, the rollout failed in Gym), "connection" (no server, or it
+                hung up), "timeout" (no answer within `timeout_s`) or "answer" (not what /run promises).
+        """
+        if not self._agents:
+            self._agents = await self._find_agents()
+        url = self._agents.get(agent)
+        if url is None:
+            known = ", ".join(sorted(self._agents)) or "none"
+            raise GymRequestError(f"No agent {agent!r} runs; running: {known}.", kind="connection")
+        answer = await self._call("POST", f"{url}/run", timeout_s, what=f"agent {agent!r}", body=orjson.dumps(row))
+        if not isinstance(answer, dict) or not isinstance(answer.get("reward"), int | float):
+            raise GymRequestError(
+                f"agent {agent!r} answered without a reward: {_short(orjson.dumps(answer))}", kind="answer", status=200
+            )
+        return answer
+
+    async def server_instances(self) -> list[dict[str, Any]]:
+        """What the head server knows of each server: name, type, URL, pid and more. Empty while Gym starts."""
+        answer = await self._head("/server_instances")
+        if not isinstance(answer, list):
+            raise GymRequestError(f"/server_instances answered {_short(orjson.dumps(answer))}, not a list.", kind="answer")
+        return answer
+
+    async def global_config(self) -> dict[str, Any]:
+        """Gym's whole configuration, with interpolations left as they are written."""
+        answer = await self._head("/global_config_dict_yaml")
+        config = yaml.safe_load(answer) if isinstance(answer, str) else None
+        if not isinstance(config, dict):
+            raise GymRequestError("/global_config_dict_yaml did not answer with a mapping.", kind="answer")
+        return config
+
+    async def close(self) -> None:
+        if self._opened is not None:
+            await self._opened.close()
+            self._opened = None
+
+    async def __aenter__(self) -> GymClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _session(self) -> aiohttp.ClientSession:
+        # Made on first use: aiohttp ties a session to the loop that runs then.
+        if self._opened is None:
+            self._opened = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=15),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None),
+            )
+        return self._opened
+
+    async def _find_agents(self) -> dict[str, str]:
+        # Here, not above: this module is also used without what starts Gym.
+        from gymlink.gym.servers import agents_of  # noqa: PLC0415
+
+        return agents_of(await self.global_config(), self._gym.head_url)
+
+    async def _head(self, path: str) -> Any:
+        return await self._call("GET", self._gym.head_url + path, _HEAD_TIMEOUT_S, what="Gym's head server")
+
+    async def _call(self, method: str, url: str, timeout_s: float, *, what: str, body: bytes | None = None) -> Any:
+        started = time.monotonic()
+        headers = {"Content-Type": "application/json"} if body is not None else None
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with self._session().request(method, url, data=body, headers=headers) as response:
+                    content = await response.read()
+        except TimeoutError as error:
+            waited = time.monotonic() - started
+            raise GymRequestError(f"{what} did not answer within {waited:.1f} s ({url}).", kind="timeout") from error
+        except aiohttp.ClientError as error:
+            reason = str(error) or type(error).__name__
+            raise GymRequestError(f"{what} cannot be reached at {url}: {reason}.", kind="connection") from error
+        if response.status >= 400:  # noqa: PLR2004
+            raise GymRequestError(
+                f"{what} answered {response.status}: {_short(content)}", kind="http", status=response.status
+            )
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            raise GymRequestError(
+                f"{what} answered with what is not JSON: {_short(content)}", kind="answer", status=response.status
+            ) from error
+
+
+def _short(content: bytes) -> str:
+    """The useful part of an error answer: the text without its quoting, and both ends of it when it is long.
+
+    Gym nests the answers of inner servers into each other; the outermost says where, the innermost says what.
+    """
+    text = content.decode("utf-8", errors="replace").strip()
+    try:
+        decoded = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        decoded = None
+    if isinstance(decoded, str):
+        text = decoded
+    elif isinstance(decoded, dict) and "detail" in decoded:
+        text = orjson.dumps(decoded["detail"]).decode()
+    text = text.replace("\\", "")
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}"

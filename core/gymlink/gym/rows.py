@@ -1,0 +1,99 @@
+"""Reads Gym rows (JSONL), one at a time, and checks each: a file of any size costs the memory of one line.
+
+A row that leaves here has `responses_create_params.input` and an `agent_ref` that names its agent. What is wrong with
+one is said as `file.jsonl:12: ...`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from gymlink.errors import ConfigError
+
+AGENT_TYPE = "responses_api_agents"
+
+
+def read_rows(path: str | Path, *, agents: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a file, lazily; empty lines are passed over.
+
+    Args:
+        path: a JSONL file. Its rows may belong to several environments.
+        agents: names of the agents that run. A row without `agent_ref` gets it when there is exactly one; None leaves
+            rows as they are.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no row, or a row is not JSON, is not an object, has no
+            `responses_create_params.input`, or names no agent or one that does not run.
+    """
+    path = Path(path)
+    found = False
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    found = True
+                    yield parse_row(line, f"{path}:{number}", agents)
+    except OSError as error:
+        raise ConfigError(f"Cannot read the rows {str(path)!r}: {error.strerror or error}.") from error
+    if not found:
+        raise ConfigError(f"{path}: no rows. Write one JSON object a line, each with responses_create_params.input.")
+
+
+def check_rows(path: str | Path, agents: Sequence[str] | None = None) -> dict[str, int]:
+    """Read a whole file and count its rows by agent, in the order of appearance; raises as `read_rows` does.
+
+    Rows that name no agent are counted under "" (only when `agents` is None).
+    """
+    return dict(Counter(row.get("agent_ref", {}).get("name", "") for row in read_rows(path, agents=agents)))
+
+
+def parse_row(line: bytes, where: str, agents: Sequence[str] | None = None) -> dict[str, Any]:
+    """The row of one line; `where` begins the message of what is wrong with it. Raises as `read_rows` does."""
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON ({error}).") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: expected an object, got {_kind(row)}.")
+    if "responses_create_params" not in row:
+        raise ConfigError(f"{where}: the key 'responses_create_params' is missing (found: {', '.join(row) or 'none'}).")
+    parameters = row["responses_create_params"]
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"{where}: 'responses_create_params' must be an object, got {_kind(parameters)}.")
+    if not isinstance(parameters.get("input"), str | list) or not parameters["input"]:
+        raise ConfigError(
+            f"{where}: 'responses_create_params.input' is missing or empty; give a text or a list of messages."
+        )
+    return _with_agent(row, where, agents)
+
+
+def _with_agent(row: dict[str, Any], where: str, agents: Sequence[str] | None) -> dict[str, Any]:
+    reference = row.get("agent_ref")
+    if reference is not None and (not isinstance(reference, dict) or not isinstance(reference.get("name"), str)):
+        raise ConfigError(f"{where}: 'agent_ref' must be an object with a 'name', got {reference!r}.")
+    if agents is None:
+        return row
+    running = ", ".join(sorted(agents)) or "none"
+    if reference is None:
+        if len(agents) != 1:
+            raise ConfigError(
+                f"{where}: 'agent_ref' is missing, and {len(agents)} agents run ({running}): "
+                f'name one as {{"type": "{AGENT_TYPE}", "name": ...}}.'
+            )
+        return {**row, "agent_ref": {"type": AGENT_TYPE, "name": agents[0]}}
+    if reference["name"] not in agents:
+        nearest = get_close_matches(reference["name"], agents, n=1, cutoff=0.5)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError(f"{where}: no agent {reference['name']!r} runs; running: {running}.{hint}")
+    return row
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a string", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

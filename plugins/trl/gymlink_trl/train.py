@@ -1,0 +1,206 @@
+"""`gymlink train trl`: one run file, every field of TRL's GRPOConfig and ModelConfig, rollouts from NeMo Gym.
+
+The run file is read by TRL's own parser; fields can be overridden on the command line as TRL has it. Everything that
+can be wrong with the file, its settings, its rows and the model's chat format is found before anything is started or
+written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from gymlink.align import load_format
+from gymlink.config import Settings, load_settings
+from gymlink.errors import ConfigError
+from gymlink_trl.dataset import gym_dataset
+from gymlink_trl.rollout import Check, GymRollout, gym_reward
+from gymlink_trl.support import check_arguments, check_trainer, freeze_garbage
+
+PATHS = ("gym_config", "train_file", "eval_file", "output_dir")
+"""Fields that are paths: in a run file, relative to its own folder."""
+PERHAPS_PATHS = ("model_name_or_path", "resume_from_checkpoint", "deepspeed")
+"""Fields that may be a path: relative to the run file's folder when it is there."""
+
+
+@dataclass
+class GymArguments:
+    """The fields of a run file that are gymlink's own."""
+
+    gym_config: str = field(metadata={"help": "The gym.yaml: environments, rollouts, alignment, gateway."})
+    train_file: str = field(metadata={"help": "Gym rows (JSONL) to train on."})
+    eval_file: str | None = field(default=None, metadata={"help": "Gym rows (JSONL) to evaluate on."})
+    check_logprobs: Check = field(
+        default="first",
+        metadata={"help": "Compare sampled logprobs with a plain forward pass: after no, the first or all batches."},
+    )
+    max_turn_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens that the policy may sample in one turn."}
+    )
+
+
+ARGUMENTS = (GymArguments, GRPOConfig, ModelConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run file, read and checked."""
+
+    gym: GymArguments
+    training: GRPOConfig
+    model: ModelConfig
+    settings: Settings
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: Dataset
+    eval_rows: Dataset | None
+
+
+def train(config: Path, arguments: Sequence[str]) -> None:
+    """Train as the run file `config` says, with command-line `arguments` taking precedence.
+
+    Raises:
+        ConfigError: the run file, or something that it names, cannot work; nothing was started or written.
+        PluginError: a setting of the trainer cannot work with gymlink.
+        GymlinkError: Gym did not start, or too many rollouts failed.
+    """
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    run = prepare(config, arguments)
+    console = Console(stderr=True, quiet=run.training.process_index != 0)
+    with GymRollout(
+        run.settings,
+        report=lambda text: console.print(text, highlight=False),
+        check_logprobs=run.gym.check_logprobs,
+        max_turn_tokens=run.gym.max_turn_tokens,
+    ) as rollout:
+        trainer = make_trainer(run, rollout)
+        check_trainer(trainer)
+        freeze_garbage()
+        trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint)
+        trainer.save_model(run.training.output_dir)
+        console.print(f"Model saved to {run.training.output_dir}", highlight=False)
+        if run.training.push_to_hub:
+            trainer.push_to_hub()
+
+
+def prepare(config: Path, arguments: Sequence[str]) -> Run:
+    """Read and check all that a run file names. Raises as `train` does."""
+    gym, training, model = parse(config, arguments)
+    check_arguments(training)
+    if gym.eval_file is None and training.eval_strategy != "no":
+        raise ConfigError(
+            f"eval_strategy is {str(training.eval_strategy)!r}, and there is no eval_file to evaluate on."
+        )
+    if gym.eval_file is not None and training.eval_strategy == "no":
+        raise ConfigError(f"eval_file is {gym.eval_file!r}, and nothing evaluates: set eval_strategy and eval_steps.")
+    if model.model_name_or_path is None:
+        raise ConfigError("The key 'model_name_or_path' is missing: a model's name or folder.")
+    settings = load_settings(gym.gym_config)
+    train_rows = gym_dataset(gym.train_file)
+    eval_rows = gym_dataset(gym.eval_file) if gym.eval_file is not None else None
+    tokenizer = _load_tokenizer(model, training)
+    load_format(tokenizer, name=settings.alignment.format)
+    return Run(gym, training, model, settings, tokenizer, train_rows, eval_rows)
+
+
+def parse(config: Path, arguments: Sequence[str]) -> tuple[GymArguments, GRPOConfig, ModelConfig]:
+    """The fields of a run file and of the command line, as TRL's own parser reads them.
+
+    Raises:
+        ConfigError: not a YAML mapping, an unknown key (with the nearest known one), or a value that cannot work.
+    """
+    values = _read(config)
+    for name, value in (values.pop("env", None) or {}).items():
+        os.environ[name] = str(value)
+    _refuse_unknown(values, where=str(config))
+    parser = _Parser(ARGUMENTS, prog="gymlink train trl")
+    parser.set_defaults_with_config(**_resolved(values, config.resolve().parent))
+    try:
+        gym, training, model, rest = parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{config}: {error}") from error
+    _refuse_unknown([one.removeprefix("--") for one in rest if one.startswith("--")], where="on the command line")
+    if rest:
+        raise ConfigError(f"On the command line: {' '.join(rest)!r} belongs to no option.")
+    return gym, training, model
+
+
+def make_trainer(run: Run, rollout: GymRollout) -> GRPOTrainer:
+    """TRL's own trainer, as its own script makes it, with rollouts and rewards from Gym."""
+    run.training.model_init_kwargs = {
+        "revision": run.model.model_revision,
+        "attn_implementation": run.model.attn_implementation,
+        "dtype": run.model.dtype,
+        **(run.training.model_init_kwargs or {}),
+    }
+    return GRPOTrainer(
+        model=run.model.model_name_or_path,
+        reward_funcs=gym_reward,
+        args=run.training,
+        train_dataset=run.train_rows,
+        eval_dataset=run.eval_rows,
+        processing_class=run.tokenizer,
+        quantization_config=get_quantization_config(run.model),
+        peft_config=get_peft_config(run.model),
+        rollout_func=rollout,
+    )
+
+
+class _Parser(TrlParser):  # type: ignore[misc]
+    def error(self, message: str) -> NoReturn:
+        # argparse would print the usage of some two hundred options and leave.
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}.")
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the run file {str(config)!r}: {error.strerror or error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{config} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{config}: expected a mapping with the key 'gym_config', got {type(values).__name__}.")
+    return values
+
+
+def _refuse_unknown(keys: Iterable[str], *, where: str) -> None:
+    known = [one.name for arguments in ARGUMENTS for one in fields(arguments) if one.init]
+    for key in keys:
+        if key not in known:
+            nearest = get_close_matches(str(key), known, n=1, cutoff=0.6)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "see trl.GRPOConfig and trl.ModelConfig for all"
+            raise ConfigError(f"{where}: unknown key {key!r} ({hint})")
+
+
+def _resolved(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    def resolve(name: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        path = folder / Path(value).expanduser()
+        return str(path) if name in PATHS or (name in PERHAPS_PATHS and path.exists()) else value
+
+    return {name: resolve(name, value) for name, value in values.items()}
+
+
+def _load_tokenizer(model: ModelConfig, training: GRPOConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model.model_name_or_path,
+            revision=model.model_revision,
+            trust_remote_code=training.trust_remote_code,
+            padding_side="left",
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"Cannot load the tokenizer of {model.model_name_or_path!r}: {reason}") from error
+    return tokenizer

@@ -1,0 +1,362 @@
+"""What a rollout's record promises, on real templates: the failures of counting EOS tokens, each by name, and any
+conversation that hypothesis can think of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gymlink.align import RolloutRecord, build_segments
+from gymlink.align.template import PROBE_TOOL
+from gymlink.types import ForkCause, Generation
+
+U1 = {"role": "user", "content": "question"}
+U2 = {"role": "user", "content": "another question"}
+SYSTEM = {"role": "system", "content": "some rules"}
+# Counting EOS fails outright on these: their history never holds eos_token.
+NO_EOS = ["gemma", "gemma3", "glm4moe", "gptoss", "phi3"]
+TEMPLATES = ["qwen3", "qwen2_5", "qwen3_5_think", "llama3", *NO_EOS]
+
+
+class Agent:
+    """A rollout that samples what it is told to, and knows what the tokenizer makes of it."""
+
+    def __init__(self, format: Any, tokenizer: Any, reasoning: Any = "keep") -> None:
+        self.tokenizer = tokenizer
+        self.format = format
+        self.record = RolloutRecord("r", format, reasoning=reasoning)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def say(
+        self, messages: Any, text: str, *, tools: Any = (), ids: Any = None, message: Any = None, **args: Any
+    ) -> Any:
+        plan = self.record.plan(messages, tools, template_args=args)
+        stop = self.format.extend([1], [], "length", [U2])[0]  # what the policy learned to end a turn with
+        ids = tuple([*self.ids(text), stop] if ids is None else ids)
+        message = message or {"role": "assistant", "content": text}
+        turn = self.record.add(plan, Generation(ids, (-0.5,) * len(ids), "stop"), message)
+        echoed = {"prompt_token_ids": list(turn.prompt_ids), "generation_token_ids": list(ids)}
+        return {**message, **echoed, "generation_log_probs": list(turn.logprobs)}
+
+    def added(self, plan: Any) -> str:
+        turn = self.record.turns[plan.parent]
+        held = turn.prompt_ids + turn.completion_ids
+        assert plan.prompt_ids[: len(held)] == held
+        return self.tokenizer.decode(plan.prompt_ids[len(held) :])
+
+    def fresh(self, messages: Any, tools: Any = (), **args: Any) -> tuple[int, ...]:
+        return self.format.render(messages, tools, template_args=args)
+
+
+@pytest.fixture(params=TEMPLATES)
+def agent(request: pytest.FixtureRequest, format_of: Any, tokenizer_of: Any) -> Agent:
+    return Agent(format_of(request.param), tokenizer_of(request.param))
+
+
+@pytest.fixture
+def qwen(format_of: Any, tokenizer_of: Any) -> Agent:
+    return Agent(format_of("qwen3"), tokenizer_of("qwen3"))
+
+
+# -- the failures of counting EOS tokens --------------------------------------------------------------------------
+
+
+def test_user_text_after_an_assistant_message_without_ids_stays(agent: Agent) -> None:
+    first = agent.say([U1], "an answer")
+    injected = {"role": "assistant", "content": "never sampled"}
+    plan = agent.record.plan([U1, first, U2, injected, {"role": "user", "content": "the last word"}])
+    assert plan.parent == 0
+    added = agent.added(plan)
+    assert "another question" in added
+    assert "never sampled" in added
+    assert "the last word" in added
+
+
+def test_continue_final_message_neither_drops_nor_doubles(qwen: Agent) -> None:
+    prefill = {"role": "assistant", "content": "Sure, it"}
+    second = qwen.say([U1, prefill], " is four", continue_final_message=True)
+    (turn,) = qwen.record.turns
+    assert qwen.tokenizer.decode(turn.prompt_ids).endswith("Sure, it")
+    for history in ([U1, prefill, second, U2], [U1, {"role": "assistant", "content": "Sure, it is four"}, U2]):
+        plan = qwen.record.plan(history)
+        assert plan.parent == 0
+        assert qwen.added(plan) == "\n<|im_start|>user\nanother question<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_new_prefill_after_a_sampled_turn_extends(qwen: Agent) -> None:
+    first = qwen.say([U1], "an answer")
+    prefill = {"role": "assistant", "content": "Well"}
+    plan = qwen.record.plan([U1, first, U2, prefill], template_args={"continue_final_message": True})
+    assert plan.parent == 0
+    assert qwen.added(plan).endswith("Well")
+
+
+def test_a_cut_turn_is_continued_where_it_was_cut(qwen: Agent) -> None:
+    first = qwen.say([U1], "", ids=qwen.ids("an ans"), message={"role": "assistant", "content": "an ans"})
+    plan = qwen.record.plan([U1, first], template_args={"continue_final_message": True})
+    turn = qwen.record.turns[0]
+    assert (plan.parent, plan.prompt_ids) == (0, turn.prompt_ids + turn.completion_ids)
+
+
+def test_text_that_spells_eos_in_stripped_reasoning(qwen: Agent) -> None:
+    spelled = [token for letter in "<|im_end|>" for token in qwen.ids(letter)]
+    ids = [
+        *qwen.ids("<think>\nstop with "),
+        *spelled,
+        *qwen.ids("\n</think>\n\nan answer"),
+        qwen.tokenizer.eos_token_id,
+    ]
+    for echo in ({"content": "an answer"}, {"content": "<think>stop with <|im_end|></think>an answer"}):
+        agent = Agent(qwen.format, qwen.tokenizer)
+        message = {"role": "assistant", "content": "an answer", "reasoning_content": "stop with <|im_end|>"}
+        agent.say([U1], "", ids=ids, message=message)
+        plan = agent.record.plan([U1, {"role": "assistant", **echo}, U2])
+        assert plan.parent == 0
+        assert agent.added(plan) == "\n<|im_start|>user\nanother question<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("changed", ["edited", "added"])
+def test_a_changed_system_message_is_a_fork(qwen: Agent, changed: str) -> None:
+    before = [U1] if changed == "added" else [SYSTEM, U1]
+    first = qwen.say(before, "an answer")
+    messages = [{"role": "system", "content": "other rules"}, U1, first, U2]
+    plan = qwen.record.plan(messages)
+    assert (plan.parent, plan.cause) == (None, ForkCause.EDITED)
+    assert plan.prompt_ids == qwen.fresh(messages)
+
+
+def test_edited_history_is_a_fork(agent: Agent) -> None:
+    first = agent.say([U1], "an answer")
+    messages = [{"role": "user", "content": "changed"}, first, U2]
+    plan = agent.record.plan(messages)
+    assert (plan.parent, plan.cause) == (None, ForkCause.EDITED)
+    assert plan.prompt_ids == agent.fresh(messages)
+
+
+def test_tools_added_later_are_a_fork(agent: Agent) -> None:
+    first = agent.say([U1], "an answer")
+    plan = agent.record.plan([U1, first, U2], [PROBE_TOOL])
+    assert (plan.parent, plan.cause) == (None, ForkCause.TOOLS_CHANGED)
+    assert plan.prompt_ids == agent.fresh([U1, first, U2], [PROBE_TOOL])
+
+
+def test_ids_of_another_conversation_are_not_used(agent: Agent) -> None:
+    foreign = {"role": "assistant", "content": "elsewhere", "prompt_token_ids": [1, 2], "generation_token_ids": [3, 4]}
+    agent.say([U1], "an answer")
+    plan = agent.record.plan([{"role": "user", "content": "other"}, foreign, U2])
+    assert (plan.parent, plan.cause) == (None, ForkCause.FOREIGN_IDS)
+    matching = {"role": "assistant", "content": "an answer", "generation_token_ids": [3, 4]}
+    assert agent.record.plan([U1, matching, U2]).parent == 0  # the record wins over ids that contradict it
+
+
+@pytest.mark.parametrize(
+    "ids", [None, "abc", ["7", "x"], [None], {"a": 1}, 5, [], ["1", "2"], [10**30], [float("nan")]]
+)
+def test_ids_that_are_null_strings_or_nonsense(agent: Agent, ids: Any) -> None:
+    first = agent.say([U1], "an answer")
+    echo = {**first, "generation_token_ids": ids, "prompt_token_ids": ids, "generation_log_probs": ids}
+    assert agent.record.plan([U1, echo, U2]).parent == 0
+
+
+@pytest.mark.parametrize("name", NO_EOS)
+def test_templates_whose_history_holds_no_eos(name: str, format_of: Any, tokenizer_of: Any) -> None:
+    agent = Agent(format_of(name), tokenizer_of(name))
+    history = [U1]
+    for turn in range(4):
+        history.append(agent.say(history, f"answer {turn}"))
+        history.append({"role": "user", "content": f"question {turn}"})
+    assert [turn.parent for turn in agent.record.turns] == [None, 0, 1, 2]
+    segments, dropped = build_segments(agent.record.turns, on_history_rewrite="mask")
+    assert (len(segments), dropped) == (1, {})
+    eos = agent.tokenizer.eos_token_id
+    rendered = agent.fresh(history)
+    assert eos not in rendered
+
+
+# -- what agents do to a history ----------------------------------------------------------------------------------
+
+
+def test_an_injected_message_that_inherits_ids_is_new_text(qwen: Agent) -> None:
+    first = qwen.say([U1], "an answer")
+    injected = {**first, "content": "never sampled"}  # NeMo Gym 0.4.0: ResponsesConverterState keeps the last ids
+    plan = qwen.record.plan([U1, first, U2, injected, U1])
+    assert plan.parent == 0
+    assert "never sampled" in qwen.added(plan)
+
+
+def test_an_empty_answer_may_be_absent(agent: Agent) -> None:
+    agent.say([U1], "", message={"role": "assistant", "content": ""})
+    for history in ([U1, U2], [U1, {"role": "assistant", "content": None}, U2]):
+        plan = agent.record.plan(history)
+        assert plan.parent == 0
+        assert "another question" in agent.added(plan)
+
+
+def test_the_same_prompt_again_is_not_a_rewrite(agent: Agent) -> None:
+    agent.say([U1], "", message={"role": "assistant", "content": ""})
+    assert (agent.record.plan([U1]).parent, agent.record.plan([U1]).cause) == (None, ForkCause.RESTARTED)
+    sub = [{"role": "system", "content": "you are a sub-agent"}, U2]
+    assert agent.record.plan([U1, U2]).parent == 0
+    if (
+        "system" not in agent.format._template.dropped_roles
+        and agent.tokenizer.chat_template.count("not supported") == 0
+    ):
+        assert agent.record.plan(sub).cause is ForkCause.RESTARTED
+
+
+def test_a_compacted_history(qwen: Agent) -> None:
+    history = [SYSTEM, U1]
+    for turn in range(3):
+        history += [qwen.say(history, f"answer {turn}"), U2]
+    plan = qwen.record.plan([SYSTEM, {"role": "user", "content": "summary of it all"}])
+    assert (plan.parent, plan.cause) == (None, ForkCause.COMPACTED)
+
+
+def test_equal_text_with_other_ids_is_told_apart_by_the_echo(qwen: Agent) -> None:
+    plans = [qwen.record.plan([U1]), qwen.record.plan([U1])]  # two calls in flight
+    echoes = []
+    for plan, ids in zip(plans, ((11, 12), (13,)), strict=True):
+        qwen.record.add(plan, Generation(ids, (0.0,) * len(ids), "length"), {"role": "assistant", "content": "same"})
+        echoes.append({"role": "assistant", "content": "same", "generation_token_ids": list(ids)})
+    assert [qwen.record.plan([U1, echo, U2]).parent for echo in echoes] == [0, 1]
+    assert qwen.record.plan([U1, {"role": "assistant", "content": "same"}, U2]).parent == 1
+
+
+def test_an_edited_answer_branches_where_the_history_still_holds(qwen: Agent) -> None:
+    first = qwen.say([U1], "one")
+    qwen.say([U1, first, U2], "two")
+    plan = qwen.record.plan([U1, first, U2, {"role": "assistant", "content": "two, edited"}, U1])
+    assert plan.parent == 0
+    assert "two, edited" in qwen.added(plan)
+
+
+def test_arguments_in_another_spelling_are_the_same_call(qwen: Agent) -> None:
+    def called(arguments: Any) -> Any:
+        function = {"name": "probe_tool", "arguments": arguments}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "c", "type": "function", "function": function}],
+        }
+
+    text = '<tool_call>\n{"name": "probe_tool", "arguments": {"query":"x",   "n": 1}}\n</tool_call>'
+    qwen.say([U1], text, tools=[PROBE_TOOL], message=called('{"query":"x",   "n": 1}'))
+    result = {"role": "tool", "tool_call_id": "c", "content": "found"}
+    for arguments in ('{"n": 1, "query": "x"}', {"query": "x", "n": 1}):
+        plan = qwen.record.plan([U1, called(arguments), result], [PROBE_TOOL])
+        assert plan.parent == 0
+        assert "<tool_response>\nfound\n</tool_response>" in qwen.added(plan)
+
+
+# -- reasoning in history -----------------------------------------------------------------------------------------
+
+
+def thought(agent: Agent, messages: Any, tools: Any = ()) -> Any:
+    message = {"role": "assistant", "content": "an answer", "reasoning_content": "a thought"}
+    text = "<think>\na thought\n</think>\n\nan answer"
+    return agent.say(messages, text, message=message, tools=tools)
+
+
+def test_reasoning_is_kept_by_default(qwen: Agent) -> None:
+    first = thought(qwen, [U1])
+    first.pop("reasoning_content")
+    plan = qwen.record.plan([U1, first, U2])
+    assert plan.parent == 0
+    assert "a thought" in qwen.tokenizer.decode(plan.prompt_ids)
+
+
+def test_reasoning_dropped_at_a_user_turn_is_a_fork_and_the_templates_own_render(qwen: Agent) -> None:
+    agent = Agent(qwen.format, qwen.tokenizer, "drop")
+    first = thought(agent, [U1], [PROBE_TOOL])
+    result = {"role": "tool", "tool_call_id": "c", "content": "found"}
+    within = agent.record.plan([U1, first, result], [PROBE_TOOL])
+    assert within.parent == 0
+    plan = agent.record.plan([U1, first, U2], [PROBE_TOOL])
+    assert (plan.parent, plan.cause) == (None, ForkCause.REASONING_STRIPPED)
+    assert plan.prompt_ids == agent.fresh([U1, first, U2], [PROBE_TOOL])
+    assert "a thought" not in agent.tokenizer.decode(plan.prompt_ids)
+
+
+def test_a_template_that_keeps_reasoning_extends_with_drop_too(format_of: Any, tokenizer_of: Any) -> None:
+    agent = Agent(format_of("qwen2_5"), tokenizer_of("qwen2_5"), "drop")
+    text = "<think>a thought</think>an answer"
+    agent.say([U1], text, message={"role": "assistant", "content": text})
+    plan = agent.record.plan([U1, {"role": "assistant", "content": text}, U2])
+    assert (plan.parent, plan.cause) == (0, None)
+
+
+def test_edited_reasoning_is_a_fork(qwen: Agent) -> None:
+    first = thought(qwen, [U1])
+    plan = qwen.record.plan([U1, {**first, "reasoning_content": "other thoughts"}, U2])
+    assert (plan.parent, plan.cause) == (None, ForkCause.EDITED)
+
+
+# -- any conversation ---------------------------------------------------------------------------------------------
+
+TEXT = st.text(max_size=12) | st.sampled_from(
+    ["<|im_end|>", "a</s>", "<think>", "</think>x", "<|eot_id|>", "<tool_call>{", "<|im_start|>user\n", " ", "Zq"]
+)
+
+
+@st.composite
+def rewrites(draw: st.DrawFn) -> list[Any]:
+    steps = draw(
+        st.lists(st.tuples(st.sampled_from(STEPS), TEXT, st.lists(st.integers(0, 300), max_size=6)), max_size=7)
+    )
+    return [("say", draw(TEXT), draw(st.lists(st.integers(0, 300), max_size=6))), *steps]
+
+
+STEPS = ["say", "say", "say", "edit", "inject", "cut history", "tools", "forget ids", "again"]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "qwen3_5_think", "llama3_2", "glm4moe", "phi3"])
+@pytest.mark.parametrize("reasoning", ["keep", "drop"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rewrites())
+def test_any_conversation(name: str, reasoning: str, format_of: Any, tokenizer_of: Any, steps: list[Any]) -> None:
+    format, tokenizer = format_of(name), tokenizer_of(name)
+    record = RolloutRecord("r", format, reasoning=reasoning)
+    messages: list[Any] = [{"role": "user", "content": "question"}]
+    tools: list[Any] = []
+    for step, text, ids in steps:
+        if step == "edit":
+            messages[0] = {"role": "user", "content": text or "edited"}
+        elif step == "inject":
+            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "and?"}]
+        elif step == "cut history":
+            messages = messages[:1]
+        elif step == "tools":
+            tools = [PROBE_TOOL] if not tools else []
+        elif step == "forget ids":
+            messages = [
+                {k: v for k, v in m.items() if not k.endswith("_ids") and k != "reasoning_content"} for m in messages
+            ]
+        plan = record.plan(messages, tools)
+        turns = record.turns
+        if plan.parent is not None:
+            parent = turns[plan.parent]
+            held = parent.prompt_ids + parent.completion_ids
+            assert plan.prompt_ids[: len(held)] == held
+            assert plan.cause is None
+        else:
+            assert bool(turns) == (plan.cause is not None)
+        last = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        assert "".join(last.split()) in "".join(tokenizer.decode(plan.prompt_ids).split())
+        parsed = format.parse(plan.prompt_ids, ids, tools)
+        message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
+        if parsed.reasoning:
+            message["reasoning_content"] = parsed.reasoning
+        finish = "length" if len(ids) == 6 else "stop"
+        turn = record.add(plan, Generation(tuple(ids), (-1.0,) * len(ids), finish), message)
+        if step != "again":
+            echo = {"prompt_token_ids": list(turn.prompt_ids), "generation_token_ids": ids}
+            messages = [*messages, {**message, **echo}, {"role": "user", "content": text or "go on"}]
+    for policy in ("fork", "last", "mask"):
+        segments, dropped = build_segments(record.turns, on_history_rewrite=policy)
+        sampled = sum(len(turn.completion_ids) for turn in record.turns)
+        assert sampled == sum(segment.trained_tokens for segment in segments) + sum(dropped.values())

@@ -1,0 +1,119 @@
+"""scripts/suites.py: every outcome is counted, and a suite without a test fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Checkout
+
+MIXED = """\
+import pytest
+
+def test_good(): pass
+def test_bad(): assert False
+def test_left_out(): pytest.skip("on purpose")
+
+@pytest.fixture
+def untidy():
+    yield
+    raise OSError("clean-up failed")
+
+def test_bad_twice(untidy): assert False
+def test_bad_after(untidy): pass
+
+@pytest.fixture
+def broken(): raise OSError("set-up failed")
+
+def test_bad_before(broken): pass
+"""
+
+WAITS = """\
+import time, pytest
+
+@pytest.fixture
+def server():
+    yield
+    time.sleep(1)
+    print("cleaned up", flush=True)
+
+def test_long(server):
+    print("waiting", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "counts", "remark"),
+    [
+        (MIXED, (1, 4, 1), ""),
+        ("def test_good(): pass", (1, 0, 0), ""),
+        ("", (0, 1, 0), "no test was collected"),
+        ("import no_such_module", (0, 1, 0), ""),
+        ("import os\ndef test_crash(): os._exit(3)", (0, 1, 0), "the run broke down with exit status 3"),
+    ],
+)
+def test_reads_what_pytest_reports(
+    suites: ModuleType, tmp_path: Path, code: str, counts: tuple[int, int, int], remark: str
+) -> None:
+    (tmp_path / "test_it.py").write_text(code)
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", "test_it.py"]
+    environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, check=False)
+    assert suites.read(report, run.returncode) == (*counts, remark)
+
+
+def test_prints_a_line_for_each_suite_and_the_counts_last(checkout: Checkout) -> None:
+    checkout.write_pyproject("pytest")
+    folders = ("core", "contract", "docs", "scripts", "plugins/trl", "e2e")
+    for folder in folders:
+        (checkout.root / "tests" / folder).mkdir(parents=True)
+    (checkout.root / "tests" / "core" / "test_it.py").write_text("def test_one(): pass\ndef test_two(): pass")
+    nothing_in_trl = checkout.script("suites.py")
+    *_, core, trl, total = nothing_in_trl.stdout.splitlines()
+    assert core.startswith("suite core: 2 passed, 0 failed, 0 skipped (")
+    assert trl.startswith("suite trl: 0 passed, 1 failed, 0 skipped (")
+    assert trl.endswith("no test was collected")
+    assert total == "2 passed, 1 failed, 0 skipped"
+    assert nothing_in_trl.returncode == 1
+
+    (checkout.root / "tests" / "e2e" / "test_all.py").write_text("def test_three(): pass")
+    good = checkout.script("suites.py")
+    assert good.stdout.splitlines()[-1] == "3 passed, 0 failed, 0 skipped"
+    assert good.returncode == 0
+
+    chosen = checkout.script("suites.py", "core", "--", "-k", "one")
+    assert chosen.stdout.splitlines()[-1] == "1 passed, 0 failed, 0 skipped"
+
+
+def test_an_unknown_suite_is_status_2(checkout: Checkout) -> None:
+    answer = checkout.script("suites.py", "cores")
+    assert answer.returncode == 2
+    assert "No suite is called 'cores'; known: core, trl." in answer.stderr
+
+
+def test_ctrl_c_lets_the_tests_clean_up(checkout: Checkout) -> None:
+    checkout.write_pyproject("pytest")
+    for folder in ("core", "contract", "docs", "scripts"):
+        (checkout.root / "tests" / folder).mkdir(parents=True)
+    (checkout.root / "tests" / "core" / "test_it.py").write_text(WAITS)
+    assert checkout.bootstrap("trl").returncode == 0
+    command = [sys.executable, str(checkout.root / "scripts" / "suites.py"), "core", "--", "-s"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+        assert run.stdout is not None
+        seen = []
+        for line in run.stdout:
+            seen.append(line)
+            if "waiting" in line:
+                os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(timeout=60) == 128 + signal.SIGINT
+    assert "cleaned up\n" in "".join(seen)
