@@ -360,6 +360,7 @@ def fetch_python(stages: Stages, uv: str | None) -> tuple[str, Version] | None:
     try:
         stages.run(f"fetch Python {_dotted(PYTHONS[0])} with uv", [uv, "python", "install", _dotted(PYTHONS[0])])
     except BootstrapError:
+        stages.say("set-up: it cannot be fetched from here")
         return None
     return find_python(PYTHONS[:1], stages.environ)
 

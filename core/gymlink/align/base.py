@@ -113,3 +113,5 @@ class FormatReport:
     """Kinds after which a new branch starts."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Kinds that the template itself does not write, and why."""
+    writes_tools: bool = True
+    """Whether the tools of a request are written into the prompt; a template may leave them out without a word."""

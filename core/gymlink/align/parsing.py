@@ -23,6 +23,7 @@ PROMPT_TAIL: Final = 1024
 _CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)(?:</function>)?\s*", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_NAME = re.compile(r"[\w.:-]+")
 _KEY_VALUE = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 
 
@@ -37,6 +38,7 @@ class TagParser:
         self._template = template
         self._thinks = "</think>" in source
         self._tags = "<tool_call>" in source
+        self._key_values = "<arg_key>" in source
         self._bare_json = not self._tags and '{"name": "' in source and '"parameters": ' in source
         special = (template.decode([token]) for token in template.special_ids)
         self._special = {text for text in special if text and "think" not in text and "tool_call" not in text}
@@ -45,10 +47,10 @@ class TagParser:
         text = self._template.decode(completion_ids)
         reasoning = None
         if self._thinks:
-            reasoning, text = self._split(self._template.decode(prompt_ids[-16:]), text)
+            reasoning, text = self._split(self._template.opening(prompt_ids), text)
         calls: list[ToolCall] = []
         if tools and self._tags:
-            text = _CALL.sub(lambda match: _read_or_keep(match, tools, calls), text)
+            text = _CALL.sub(lambda match: self._read_or_keep(match, tools, calls), text)
         elif tools and self._bare_json and (call := _json_call(self._clean(text))):
             calls, text = [call], ""
         content = self._clean(text)
@@ -62,6 +64,15 @@ class TagParser:
         body = start.removeprefix("<think>")
         thought, closed, rest = body.partition("</think>")
         return self._clean(thought).strip() or None, rest if closed else ""
+
+    def _read_or_keep(self, match: re.Match[str], tools: Sequence[Tool], calls: list[ToolCall]) -> str:
+        call = _json_call(match[1]) or _function_call(match[1], tools)
+        if call is None and self._key_values:
+            call = _key_value_call(match[1], tools)
+        if call is None:
+            return match[0]
+        calls.append(call)
+        return ""
 
     def _clean(self, text: str) -> str:
         for token in self._special:
@@ -105,14 +116,6 @@ def _from_message(call: Mapping[str, Any]) -> ToolCall:
     return ToolCall(str(function.get("name") or ""), read_arguments(function.get("arguments")), call.get("id"))
 
 
-def _read_or_keep(match: re.Match[str], tools: Sequence[Tool], calls: list[ToolCall]) -> str:
-    call = _json_call(match[1]) or _function_call(match[1], tools) or _key_value_call(match[1], tools)
-    if call is None:
-        return match[0]
-    calls.append(call)
-    return ""
-
-
 def _json_call(text: str) -> ToolCall | None:
     try:
         value = orjson.loads(text.strip())
@@ -129,14 +132,15 @@ def _function_call(text: str, tools: Sequence[Tool]) -> ToolCall | None:
     if match is None:
         return None
     name = match[1].strip()
+    if not _NAME.fullmatch(name):
+        return None
     arguments = {key.strip(): _typed(value, name, key.strip(), tools) for key, value in _PARAMETER.findall(match[2])}
     return ToolCall(name, read_arguments(arguments))
 
 
 def _key_value_call(text: str, tools: Sequence[Tool]) -> ToolCall | None:
-    name, found, _ = text.partition("<arg_key>")
-    name = name.strip()
-    if not name or "\n" in name or (not found and "<" in name):
+    name = text.partition("<arg_key>")[0].strip()
+    if not _NAME.fullmatch(name):
         return None
     arguments = {key.strip(): _typed(value, name, key.strip(), tools) for key, value in _KEY_VALUE.findall(text)}
     return ToolCall(name, read_arguments(arguments))

@@ -201,7 +201,7 @@ class TemplateFormat:
         """A turn cut inside its reasoning is closed as the template writes reasoning without an answer."""
         if self._reasoning_end is None:
             return ()
-        text = _safe_decode(self._template, [*prompt_ids[-16:], *completion_ids])
+        text = self._template.opening(prompt_ids) + _safe_decode(self._template, completion_ids)
         if text.rfind("<think>") <= text.rfind("</think>"):
             return ()
         return self._reasoning_end
@@ -228,7 +228,7 @@ class TemplateFormat:
                 refused[kind] = self._reasons[shape]
             else:
                 forks.append(kind)
-        return FormatReport(tuple(extends), tuple(forks), refused)
+        return FormatReport(tuple(extends), tuple(forks), refused, self._template.writes_tools)
 
     def _proof(self, shape: _Shape, template_args: Mapping[str, Any]) -> _Proof | None:
         if shape not in self._proofs:

@@ -26,6 +26,8 @@ PROBE_TOOL: Final[Tool] = {
         "parameters": {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]},
     },
 }
+_TAIL: Final = 1024
+_OPENING: Final = 16
 _OURS: Final = frozenset(
     {"add_generation_prompt", "chat_template", "conversation", "return_dict", "return_tensors", "tokenize", "tools"}
 )
@@ -68,6 +70,23 @@ class ChatTemplate:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def opening(self, prompt_ids: Sequence[int]) -> str:
+        """The text with which the prompt already began the answer: what follows its last control token."""
+        tail = list(prompt_ids[-_TAIL:])
+        for place in range(len(tail) - 1, -1, -1):
+            if tail[place] in self.special_ids and "think" not in self.decode([tail[place]]):
+                return self.decode(tail[place + 1 :])
+        return self.decode(tail[-_OPENING:])
+
+    @property
+    def writes_tools(self) -> bool:
+        """Whether the tools of a request reach the prompt at all."""
+        name = str(PROBE_TOOL["function"]["name"])
+        try:
+            return name in self.text([{"role": "user", "content": "question"}], [PROBE_TOOL])
+        except AlignmentError:
+            return False
 
     def ids(self, messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any]) -> TokenIds:
         """The whole conversation as ids.

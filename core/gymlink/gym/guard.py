@@ -30,8 +30,8 @@ import psutil
 
 MARK = "GYMLINK_GUARD"
 """The environment variable by which a guarded process is known; its value names the guard."""
-GRACE_S = 4.0
-"""From the interrupt to the end by force. Gym's own servers take about one second."""
+GRACE_S = 3.0
+"""From the interrupt to the end by force: time for servers to close, not for all of Ray to wind down."""
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.2
 

@@ -63,7 +63,7 @@ class LiveModelEngine:
             )
         self.model = model
         self._version = version
-        self._seeds = random.Random(seed)
+        self._seeds = random.Random(seed)  # noqa: S311 - a stream to sample from, no secret
         self._model_context = max_context or _position_limit(model)
         self._batching = {**_batching_defaults(model, self._model_context), **(batching or {})}
         self._period: _Period | None = None
@@ -123,7 +123,8 @@ class LiveModelEngine:
             config = ContinuousBatchingConfig(
                 **{**self._batching, "return_logprobs": True, "seed": self._seeds.getrandbits(31)}
             )
-            manager = self.model.init_continuous_batching(
+            model: Any = self.model
+            manager = model.init_continuous_batching(
                 generation_config=_generation_config(sampling), continuous_batching_config=config
             )
         except (TypeError, ValueError) as error:
@@ -266,7 +267,7 @@ def as_sampled(model: torch.nn.Module) -> Iterator[None]:
 
 def _generation_config(sampling: Sampling) -> GenerationConfig:
     greedy = sampling.temperature == 0.0
-    return GenerationConfig(
+    return GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=not greedy,
         temperature=1.0 if greedy else sampling.temperature,
         top_p=sampling.top_p,

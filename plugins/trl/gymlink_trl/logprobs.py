@@ -78,7 +78,8 @@ def _batch_error(model: PreTrainedModel, rows: Sequence[SampledRow], sampling: S
     logits = model(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False).logits
     # The logits at a position are of the token after it.
     where = sampled[:, 1:].to(device)
-    scores = _warpers(sampling)(ids.to(device), logits[:, :-1][where].float())
+    narrow: Any = _warpers(sampling)
+    scores = narrow(ids.to(device), logits[:, :-1][where].float())
     tokens = ids[:, 1:].to(device)[where]
     recomputed = scores.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     return float((recomputed - reported[:, 1:].to(device)[where]).abs().max())

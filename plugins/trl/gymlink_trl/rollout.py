@@ -134,6 +134,17 @@ class GymRollout:
             self.close()
             raise
 
+    def prepare(self, trainer: GRPOTrainer) -> None:
+        """Start Gym now instead of with the first collection. With several processes, all of them call this.
+
+        Raises as a collection does.
+        """
+        try:
+            self._run(trainer)
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Stop Gym, when this started it. A later collection starts it anew."""
         running, self._running = self._running, None
@@ -302,7 +313,7 @@ class _Running:
     checked_files: set[str] = field(default_factory=set)
 
 
-class _CloseAtEnd(TrainerCallback):  # type: ignore[misc]
+class _CloseAtEnd(TrainerCallback):
     """Stops Gym when training ends."""
 
     def __init__(self, rollout: GymRollout) -> None:

@@ -88,7 +88,8 @@ def sampling_of(trainer: GRPOTrainer, max_turn_tokens: int | None = None) -> Sam
 def batching_model(trainer: GRPOTrainer) -> PreTrainedModel:
     """The transformers model inside what accelerate, torch.compile and PEFT put around it."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner
 
 
 def peers_of(trainer: GRPOTrainer) -> Peers | None:

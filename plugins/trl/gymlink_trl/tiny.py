@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,7 +40,8 @@ def make_tokenizer(corpus: Iterable[str] = CORPUS, *, vocab_size: int = 320) -> 
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, padding_side="left")
+    make: Any = PreTrainedTokenizerFast
+    fast: PreTrainedTokenizerBase = make(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, padding_side="left")
     fast.chat_template = CHAT_TEMPLATE
     return fast
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from datasets import Dataset
@@ -20,12 +20,12 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from gymlink.align import load_format
+from gymlink.align import Tokenizer, load_format
 from gymlink.config import Settings, load_settings
 from gymlink.errors import ConfigError
 from gymlink_trl.dataset import gym_dataset
 from gymlink_trl.rollout import Check, GymRollout, gym_reward
-from gymlink_trl.support import check_arguments, check_trainer, freeze_garbage
+from gymlink_trl.support import check_arguments, freeze_garbage
 
 PATHS = ("gym_config", "train_file", "eval_file", "output_dir")
 """Fields that are paths: in a run file, relative to its own folder."""
@@ -83,7 +83,7 @@ def train(config: Path, arguments: Sequence[str]) -> None:
         max_turn_tokens=run.gym.max_turn_tokens,
     ) as rollout:
         trainer = make_trainer(run, rollout)
-        check_trainer(trainer)
+        rollout.prepare(trainer)
         freeze_garbage()
         trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint)
         trainer.save_model(run.training.output_dir)
@@ -108,7 +108,7 @@ def prepare(config: Path, arguments: Sequence[str]) -> Run:
     train_rows = gym_dataset(gym.train_file)
     eval_rows = gym_dataset(gym.eval_file) if gym.eval_file is not None else None
     tokenizer = _load_tokenizer(model, training)
-    load_format(tokenizer, name=settings.alignment.format)
+    load_format(cast("Tokenizer", tokenizer), name=settings.alignment.format)
     return Run(gym, training, model, settings, tokenizer, train_rows, eval_rows)
 
 

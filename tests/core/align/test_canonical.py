@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from gymlink.align import canonical, split_reasoning
 
 
-def call(arguments: Any, name: str = "look", id: str | None = "c1") -> dict[str, Any]:
-    return {"role": "assistant", "tool_calls": [{"id": id, "function": {"name": name, "arguments": arguments}}]}
+def call(arguments: Any, name: str = "look", call_id: str | None = "c1") -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"id": call_id, "function": {"name": name, "arguments": arguments}}]}
 
 
 SAME = [
@@ -21,7 +21,7 @@ SAME = [
     ({"role": "assistant", "content": "a"}, {"role": "assistant", "content": " a\n", "tool_calls": None}),
     ({"role": "developer", "content": "x"}, {"role": "system", "content": "x"}),
     (call('{"a": 1, "b": [2]}'), call({"b": [2], "a": 1})),
-    (call('{"a":1}', id="c1"), call('{ "a" : 1 }', id=None)),
+    (call('{"a":1}', call_id="c1"), call('{ "a" : 1 }', call_id=None)),
     (call(""), call({})),
     (
         {"role": "assistant", "content": "a", "reasoning": "r"},

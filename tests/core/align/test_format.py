@@ -29,16 +29,16 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 def test_a_tokenizer_without_template_says_what_to_do(make: Any) -> None:
     tokenizer = make("qwen3")
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template.*alignment.format"):
+    with pytest.raises(ConfigError, match=r"no chat template.*alignment.format"):
         load_format(tokenizer)
-    format = load_format(tokenizer, name="qwen3")
-    assert format.name == "renderers:qwen3"
+    chat = load_format(tokenizer, name="qwen3")
+    assert chat.name == "renderers:qwen3"
 
 
 def test_names_that_cannot_work(make: Any) -> None:
-    with pytest.raises(ConfigError, match="no chat format 'qwen33'.*qwen3"):
+    with pytest.raises(ConfigError, match=r"no chat format 'qwen33'.*qwen3"):
         load_format(make("qwen3"), name="qwen33")
-    with pytest.raises(ConfigError, match="'glm-4.5' does not fit"):
+    with pytest.raises(ConfigError, match=r"'glm-4\.5' does not fit"):
         load_format(make("qwen3"), name="glm-4.5")
     with pytest.raises(ConfigError, match="does not write a plain user message"):
         load_format(make("qwen3", "nothing"))
@@ -76,7 +76,7 @@ def test_a_known_format_alone_extends_by_its_bridge(make: Any, format_of: Any) -
 
 UNPROVABLE = {
     "hoists what follows": "{% for m in messages %}{{ m.content if m.role == 'user' }}|{% endfor %}" + CHATML + OPEN,
-    "counts": "{% for m in messages %}<|im_start|>{{ loop.revindex }}{{ m.content }}<|im_end|>{% endfor %}" + OPEN,
+    "counts": "{% for m in messages %}<|im_start|>{{ loop.index }}{{ m.content }}<|im_end|>{% endfor %}" + OPEN,
     "knows the length": CHATML + "{{ messages | length }}" + OPEN,
     "drops all but the last": "{% set m = messages[-1] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n" + OPEN,
     "sorts": "{% for m in messages | sort(attribute='content') %}{{ m.content }}<|im_end|>{% endfor %}" + OPEN,
@@ -85,9 +85,9 @@ UNPROVABLE = {
 
 @pytest.mark.parametrize("template_text", UNPROVABLE.values(), ids=UNPROVABLE.keys())
 def test_what_cannot_be_proven_is_not_used(make: Any, template_text: str) -> None:
-    format = load_format(make("qwen3", template_text))
-    assert format.extend([1], [2], "stop", [USER]) is None
-    assert format.report.extends == ()
+    chat = load_format(make("qwen3", template_text))
+    assert chat.extend([1], [2], "stop", [USER]) is None
+    assert not any("user" in kind for kind in chat.report.extends)
 
 
 def test_a_new_system_message_that_the_template_moves_to_the_front_is_not_an_extension(format_of: Any) -> None:
@@ -95,17 +95,32 @@ def test_a_new_system_message_that_the_template_moves_to_the_front_is_not_an_ext
 
 
 def test_template_arguments_are_proven_apart(format_of: Any, tokenizer_of: Any) -> None:
-    format, tokenizer = format_of("qwen3"), tokenizer_of("qwen3")
-    added = format.extend([1], [tokenizer.eos_token_id], "stop", [USER], template_args={"enable_thinking": False})
+    chat, tokenizer = format_of("qwen3"), tokenizer_of("qwen3")
+    added = chat.extend([1], [tokenizer.eos_token_id], "stop", [USER], template_args={"enable_thinking": False})
     assert tokenizer.decode(added).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 def test_a_turn_cut_inside_its_reasoning_is_closed_as_the_template_closes_it(format_of: Any, tokenizer_of: Any) -> None:
-    format, tokenizer = format_of("qwen3_5_think"), tokenizer_of("qwen3_5_think")
-    prompt = format.render([USER])
+    chat, tokenizer = format_of("qwen3_5_think"), tokenizer_of("qwen3_5_think")
+    prompt = chat.render([USER])
     assert tokenizer.decode(prompt).endswith("<think>\n")
-    added = tokenizer.decode(format.extend(prompt, ids(tokenizer, "hm"), "length", [USER]))
+    added = tokenizer.decode(chat.extend(prompt, ids(tokenizer, "hm"), "length", [USER]))
     assert added.startswith("\n</think>\n\n<|im_end|>\n<|im_start|>user\nquestion")
+
+
+def test_text_of_the_user_does_not_open_reasoning(format_of: Any, tokenizer_of: Any) -> None:
+    chat, tokenizer = format_of("qwen3"), tokenizer_of("qwen3")
+    prompt = chat.render([{"role": "user", "content": "<think>"}])
+    added = tokenizer.decode(chat.extend(prompt, ids(tokenizer, "hm"), "length", [USER]))
+    assert added.startswith("<|im_end|>\n")
+    assert format_of("qwen3_training").parse(prompt, ids(tokenizer, "hm")).content == "hm"
+
+
+def test_the_report_says_what_a_template_leaves_out(format_of: Any) -> None:
+    assert format_of("qwen3").report.writes_tools
+    assert not format_of("gemma").report.writes_tools
+    assert set(format_of("phi3").report.refused) == {"tool result", "tool result, after text", "tool results"}
+    assert format_of("deepseekv3").report.forks == ("tool result", "tool result, after text", "tool results")
 
 
 # -- dialects -----------------------------------------------------------------------------------------------------
@@ -155,21 +170,23 @@ def test_a_request_cannot_take_over_the_template(format_of: Any) -> None:
 
 # -- reading ------------------------------------------------------------------------------------------------------
 
+XML_CALL = "<tool_call>\n<function=probe_tool>\n<parameter=query>\n7\n</parameter>\n</function>\n</tool_call>"
 CALLS = {
     "qwen3": '<tool_call>\n{"name": "probe_tool", "arguments": {"query": "7"}}\n</tool_call>',
     "qwen2_5": '<tool_call>\n{"name": "probe_tool", "arguments": {"query": "7"}}\n</tool_call>',
-    "qwen3_5_nothink": "<tool_call>\n<function=probe_tool>\n<parameter=query>\n7\n</parameter>\n</function>\n</tool_call>",
-    "qwen3_8": "<tool_call>\n<function=probe_tool>\n<parameter=query>\n7\n</parameter>\n</function>\n</tool_call>",
-    "glm4moe": "\n<think></think>\n<tool_call>probe_tool\n<arg_key>query</arg_key>\n<arg_value>7</arg_value>\n</tool_call>",
+    "qwen3_5_nothink": XML_CALL,
+    "qwen3_8": XML_CALL,
+    "glm4moe": "\n<think></think>\n<tool_call>probe_tool\n"
+    "<arg_key>query</arg_key>\n<arg_value>7</arg_value>\n</tool_call>",
     "llama3_2": '{"name": "probe_tool", "parameters": {"query": "7"}}',
 }
 
 
-def read(format: Any, tokenizer: Any, text: str, tools: Any = (PROBE_TOOL,)) -> Any:
-    prompt = format.render([USER], tools)
+def read(chat: Any, tokenizer: Any, text: str, tools: Any = (PROBE_TOOL,)) -> Any:
+    prompt = chat.render([USER], tools)
     opened = tokenizer.decode(prompt).endswith("<think>\n")
     text = "a thought\n</think>\n\n" + text if opened else text
-    return format.parse(prompt, [*ids(tokenizer, text), format.stop_token_ids[0]], tools)
+    return chat.parse(prompt, [*ids(tokenizer, text), chat.stop_token_ids[0]], tools)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -201,23 +218,23 @@ def test_reasoning_is_read_from_the_completion_and_from_what_the_prompt_opened(
     format_of: Any, tokenizer_of: Any
 ) -> None:
     for name in ("qwen3", "qwen3_5_think", "deepseek_r1_distill", "qwen3_training"):
-        format, tokenizer = format_of(name), tokenizer_of(name)
-        prompt = format.render([USER])
+        chat, tokenizer = format_of(name), tokenizer_of(name)
+        prompt = chat.render([USER])
         opened = "" if tokenizer.decode(prompt).endswith("<think>\n") else "<think>\n"
         text = ids(tokenizer, opened + "a thought\n</think>\n\nan answer")
-        parsed = format.parse(prompt, [*text, format.stop_token_ids[0]])
+        parsed = chat.parse(prompt, [*text, chat.stop_token_ids[0]])
         assert (parsed.reasoning.strip(), parsed.content.strip()) == ("a thought", "an answer")
-        cut = format.parse(prompt, ids(tokenizer, opened + "a thou"))
+        cut = chat.parse(prompt, ids(tokenizer, opened + "a thou"))
         assert (cut.reasoning.strip(), cut.content) == ("a thou", "")
 
 
 def test_the_tokenizers_own_parser_is_used_where_it_carries_one(make: Any) -> None:
     tokenizer = add_response_schema(make("qwen2_5"))
-    format = load_format(tokenizer)
-    parsed = read(format, tokenizer, "let me see\n" + CALLS["qwen2_5"])
+    chat = load_format(tokenizer)
+    parsed = read(chat, tokenizer, "let me see\n" + CALLS["qwen2_5"])
     assert parsed.content.strip() == "let me see"
     assert [call.name for call in parsed.tool_calls] == ["probe_tool"]
-    assert "nonsense" in read(format, tokenizer, "<tool_call>nonsense</tool_call>").content
+    assert "nonsense" in read(chat, tokenizer, "<tool_call>nonsense</tool_call>").content
 
 
 @pytest.mark.parametrize(

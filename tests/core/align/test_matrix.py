@@ -58,7 +58,7 @@ def calls(count: int) -> list[Any]:
     ]
 
 
-def completion(cell: Cell, format: Any, tokenizer: Any, prompt: str) -> list[int]:
+def completion(cell: Cell, chat: Any, tokenizer: Any, prompt: str) -> list[int]:
     opened = prompt.rfind("<think>") > prompt.rfind("</think>")
     text = f"thinking\n</think>\n\n{cell.text}" if opened and cell.text else cell.text
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -69,26 +69,26 @@ def completion(cell: Cell, format: Any, tokenizer: Any, prompt: str) -> list[int
     return ids
 
 
-def canonical_stop(format: Any, new: tuple[Any, ...]) -> list[int]:
+def canonical_stop(chat: Any, new: tuple[Any, ...]) -> list[int]:
     """What the policy learned to end a turn with: the first id that the template writes after it."""
-    ids = format.extend(
+    ids = chat.extend(
         [1], [], "length", new, [PROBE_TOOL], answered={"role": "assistant", "tool_calls": calls(len(new))}
     )
-    return [ids[0]] if ids and ids[0] in format.stop_token_ids else []
+    return [ids[0]] if ids and ids[0] in chat.stop_token_ids else []
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_exact_or_forked(template: str, cell: Cell, tokenizer_of: Any, format_of: Any) -> None:
-    tokenizer, format = tokenizer_of(template), format_of(template)
+    tokenizer, chat = tokenizer_of(template), format_of(template)
     own = ChatTemplate(tokenizer)
     tools = [PROBE_TOOL] if cell.calls else []
-    record = RolloutRecord("r", format)
+    record = RolloutRecord("r", chat)
     first = record.plan([USER], tools)
     assert (first.parent, first.cause) == (None, None)
     prompt = tokenizer.decode(first.prompt_ids)
-    ids = completion(cell, format, tokenizer, prompt)
+    ids = completion(cell, chat, tokenizer, prompt)
     if cell.stop == "canonical":
-        ids += canonical_stop(format, cell.new)
+        ids += canonical_stop(chat, cell.new)
     answer = {"role": "assistant", "content": "" if cell.calls else cell.text}
     if cell.calls:
         answer["tool_calls"] = calls(cell.calls)
@@ -117,19 +117,23 @@ def test_exact_or_forked(template: str, cell: Cell, tokenizer_of: Any, format_of
     held = (*first.prompt_ids, *ids)
     assert plan.prompt_ids[: len(held)] == held
     assert plan.cause is None
-    added = tokenizer.decode(plan.prompt_ids[len(held) :])
+    check_new_part(cell, chat, tokenizer, expected, tokenizer.decode(plan.prompt_ids[len(held) :]))
+
+
+def check_new_part(cell: Cell, chat: Any, tokenizer: Any, expected: str | None, added: str) -> None:
+    """What follows the sampled ids is what the template writes there, no more and no less."""
     for message in cell.new:
         assert message["content"].strip() in added
     if expected is None:
         return  # the template refuses this whole, but its continuation was proven for the kind
-    unclosed = format._reasoning_end and tokenizer.decode(format._reasoning_end)
+    unclosed = chat._reasoning_end and tokenizer.decode(chat._reasoning_end)
     if unclosed and added.startswith(unclosed):
         added = added.removeprefix(unclosed)
     assert expected.endswith(added)
     if cell.stop == "none" and cell.text and not cell.calls:
         assert expected.endswith(cell.text + added), "a cut turn must be closed as the template closes it"
     if cell.stop == "canonical" and cell.text and not cell.calls:
-        closed = tokenizer.decode(canonical_stop(format, cell.new))
+        closed = tokenizer.decode(canonical_stop(chat, cell.new))
         assert expected.endswith(cell.text + closed + added), "an end marker that was sampled must not be doubled"
 
 

@@ -24,10 +24,10 @@ TEMPLATES = ["qwen3", "qwen2_5", "qwen3_5_think", "llama3", *NO_EOS]
 class Agent:
     """A rollout that samples what it is told to, and knows what the tokenizer makes of it."""
 
-    def __init__(self, format: Any, tokenizer: Any, reasoning: Any = "keep") -> None:
+    def __init__(self, chat: Any, tokenizer: Any, reasoning: Any = "keep") -> None:
         self.tokenizer = tokenizer
-        self.format = format
-        self.record = RolloutRecord("r", format, reasoning=reasoning)
+        self.format = chat
+        self.record = RolloutRecord("r", chat, reasoning=reasoning)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -314,28 +314,33 @@ def rewrites(draw: st.DrawFn) -> list[Any]:
 STEPS = ["say", "say", "say", "edit", "inject", "cut history", "tools", "forget ids", "again"]
 
 
+def rewritten(step: str, text: str, messages: list[Any], tools: list[Any]) -> tuple[list[Any], list[Any]]:
+    """What an agent does to its history before it asks again."""
+    if step == "edit":
+        return [{"role": "user", "content": text or "edited"}, *messages[1:]], tools
+    if step == "inject":
+        return [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": "and?"}], tools
+    if step == "cut history":
+        return messages[:1], tools
+    if step == "tools":
+        return messages, [] if tools else [PROBE_TOOL]
+    if step == "forget ids":
+        kept = ("role", "content")
+        return [{key: message[key] for key in kept} for message in messages], tools
+    return messages, tools
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "qwen3_5_think", "llama3_2", "glm4moe", "phi3"])
 @pytest.mark.parametrize("reasoning", ["keep", "drop"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rewrites())
 def test_any_conversation(name: str, reasoning: str, format_of: Any, tokenizer_of: Any, steps: list[Any]) -> None:
-    format, tokenizer = format_of(name), tokenizer_of(name)
-    record = RolloutRecord("r", format, reasoning=reasoning)
+    chat, tokenizer = format_of(name), tokenizer_of(name)
+    record = RolloutRecord("r", chat, reasoning=reasoning)
     messages: list[Any] = [{"role": "user", "content": "question"}]
     tools: list[Any] = []
     for step, text, ids in steps:
-        if step == "edit":
-            messages[0] = {"role": "user", "content": text or "edited"}
-        elif step == "inject":
-            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "and?"}]
-        elif step == "cut history":
-            messages = messages[:1]
-        elif step == "tools":
-            tools = [PROBE_TOOL] if not tools else []
-        elif step == "forget ids":
-            messages = [
-                {k: v for k, v in m.items() if not k.endswith("_ids") and k != "reasoning_content"} for m in messages
-            ]
+        messages, tools = rewritten(step, text, messages, tools)
         plan = record.plan(messages, tools)
         turns = record.turns
         if plan.parent is not None:
@@ -347,7 +352,7 @@ def test_any_conversation(name: str, reasoning: str, format_of: Any, tokenizer_o
             assert bool(turns) == (plan.cause is not None)
         last = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
         assert "".join(last.split()) in "".join(tokenizer.decode(plan.prompt_ids).split())
-        parsed = format.parse(plan.prompt_ids, ids, tools)
+        parsed = chat.parse(plan.prompt_ids, ids, tools)
         message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
         if parsed.reasoning:
             message["reasoning_content"] = parsed.reasoning

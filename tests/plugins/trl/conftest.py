@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -45,7 +45,7 @@ def model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
 class KeypadSession:
     """Plays two turns of the keypad for each request, all at a time, on an event loop of its own."""
 
-    opened: list[KeypadSession] = []
+    opened: ClassVar[list[KeypadSession]] = []
 
     def __init__(
         self,

@@ -207,7 +207,7 @@ def test_weight_version_is_that_of_the_period(model: Qwen2ForCausalLM, tokenizer
     steps = iter([3, 7])
     current = 0
     engine = LiveModelEngine(model, version=lambda: current)
-    for current in steps:  # noqa: B007 - read through the closure
+    for current in steps:
         with engine.sampling(EIGHT):
             (turn,) = generate(engine, [prompt(tokenizer)])
         assert turn.weight_version == engine.weight_version == current
@@ -313,7 +313,7 @@ def test_cancelling_a_call_cancels_the_generation(model: Qwen2ForCausalLM, token
         call = asyncio.create_task(
             engine.generate(prompt(tokenizer), Sampling(), stop_token_ids=[], request_id="unwanted")
         )
-        while not forwards:
+        while not forwards:  # noqa: ASYNC110 - counted by another thread
             await asyncio.sleep(0.01)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -1,0 +1,135 @@
+"""The demo: TRL's own GRPOTrainer teaches a tiny random model to type digits on a keypad, in a real Gym environment.
+
+Everything is real but the model's size. The settings are those under which the reward always rises from about 0.1 to
+1.0 within the steps (seeds 0 to 4 did so by step 25), and every step's logprobs are checked.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gymlink.config import parse_settings
+from gymlink.demo import DemoRequest, DemoResult
+from gymlink_trl.dataset import gym_dataset
+from gymlink_trl.rollout import GymRollout, gym_reward
+from gymlink_trl.support import freeze_garbage
+from gymlink_trl.tiny import make_model, make_tokenizer
+
+ENVIRONMENT = "keypad"
+STEPS = 40
+ROLLOUTS_A_STEP = 32
+GENERATIONS = 8
+TOKENS_A_TURN = 8
+LEARNING_RATE = 1e-2
+CORPUS = ("system user assistant", "door 1. type digits", "digits: 2. type digits", "0 1 2 3 4 5 6 7 8 9")
+"""What the tokenizer's merges are learnt from: short prompts make short steps."""
+
+
+def run(request: DemoRequest) -> DemoResult:
+    """Train `keypad` as `request` asks.
+
+    Raises:
+        GymlinkError: Gym did not start, or too many rollouts failed.
+    """
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl import GRPOConfig, GRPOTrainer
+
+    steps = request.steps or STEPS
+    server = request.environments / "resources_servers" / ENVIRONMENT
+    settings = parse_settings(
+        {"gym": {"config_paths": [str(server / "configs" / f"{ENVIRONMENT}.yaml")], "root": str(request.environments)}},
+        where="the demo",
+    )
+    tokenizer = make_tokenizer(CORPUS)
+    steps_seen = _Steps(request, steps)
+    # The trainer wants a folder for checkpoints, of which the demo writes none.
+    with (
+        TemporaryDirectory() as scratch,
+        GymRollout(
+            settings,
+            run_dir=request.output,
+            report=request.report,
+            check_logprobs="all",
+            max_turn_tokens=TOKENS_A_TURN,
+        ) as rollout,
+    ):
+        trainer = GRPOTrainer(
+            model=make_model(tokenizer),
+            reward_funcs=gym_reward,
+            args=GRPOConfig(
+                output_dir=scratch,
+                use_cpu=True,
+                bf16=False,
+                per_device_train_batch_size=ROLLOUTS_A_STEP,
+                num_generations=GENERATIONS,
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                beta=0.0,
+                temperature=1.0,
+                max_steps=steps,
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                seed=0,
+            ),
+            train_dataset=gym_dataset(server / "data" / "train.jsonl"),
+            processing_class=tokenizer,
+            rollout_func=rollout,
+            callbacks=[steps_seen],
+        )
+        trainer.remove_callback(PrinterCallback)
+        rollout.prepare(trainer)
+        freeze_garbage()
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+    totals = rollout.training
+    return DemoResult(
+        framework="trl",
+        framework_version=version("trl"),
+        gym_version=str(rollout.gym_version),
+        environment=ENVIRONMENT,
+        steps=steps,
+        rollouts=totals.rollouts,
+        failed=totals.failed,
+        rewards=steps_seen.rewards,
+        prefix_breaks=totals.prefix_breaks,
+        tokens_sampled=totals.tokens_sampled,
+        tokens_trained=totals.tokens_trained,
+        tokens_dropped=totals.tokens_dropped,
+        max_logprob_error=float(rollout.max_logprob_error or 0.0),
+        seconds_train=round(seconds, 2),
+    )
+
+
+class _Steps(TrainerCallback):
+    """Passes each step's figures on."""
+
+    def __init__(self, request: DemoRequest, steps: int) -> None:
+        self.rewards: list[float] = []
+        self._request = request
+        self._steps = steps
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._request.on_start(self._steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is not None and "reward" in logs:
+            self.rewards.append(float(logs["reward"]))
+            figures = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+            self._request.on_step({"step": float(state.global_step), **figures})
