@@ -1,4 +1,4 @@
-"""Sends rows to Gym's agents: one connection pool, a deadline on every call, and no retries (the caller decides on those).
+"""Sends rows to Gym's agents: one connection pool, a deadline on every call, and no retries (the caller's choice).
 
 No cookie is kept: Gym marks sessions by cookie, and two rollouts must never share one.
 """
@@ -80,7 +80,9 @@ class GymClient:
         """What the head server knows of each server: name, type, URL, pid and more. Empty while Gym starts."""
         answer = await self._head("/server_instances")
         if not isinstance(answer, list):
-            raise GymRequestError(f"/server_instances answered {_short(orjson.dumps(answer))}, not a list.", kind="answer")
+            raise GymRequestError(
+                f"/server_instances answered {_short(orjson.dumps(answer))}, not a list.", kind="answer"
+            )
         return answer
 
     async def global_config(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class GymClient:
 
     async def _find_agents(self) -> dict[str, str]:
         # Here, not above: this module is also used without what starts Gym.
-        from gymlink.gym.servers import agents_of  # noqa: PLC0415
+        from gymlink.gym.servers import agents_of
 
         return agents_of(await self.global_config(), self._gym.head_url)
 

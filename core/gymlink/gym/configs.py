@@ -124,7 +124,7 @@ def plan(
     kept = cache_folder() / "plans" / f"{hashlib.sha256(question.encode()).hexdigest()[:16]}.json"
     if (known := _read_kept(kept)) is not None:
         return known
-    answer = _ask(gym, config_paths, overrides, cwd, env, report)
+    answer = _ask(gym, config_paths, overrides, cwd=cwd, env=env, report=report)
     config = answer["config"]
     found = Plan(
         servers={name: (kind, folder) for name, kind, folder, _ in server_instances(config)},
@@ -186,6 +186,7 @@ def _ask(
     gym: GymEnvironment,
     config_paths: Sequence[str],
     overrides: Sequence[str],
+    *,
     cwd: Path,
     env: Mapping[str, str],
     report: Report,

@@ -59,6 +59,7 @@ class GuardedProcess:
         keep_open: Sequence[int] = (),
     ) -> None:
         self.mark = uuid.uuid4().hex
+        self._remove = remove
         read_end, self._lifeline = os.pipe()
         arguments = ["--lifeline", str(read_end), "--mark", self.mark]
         if remove is not None:
@@ -113,6 +114,8 @@ class GuardedProcess:
             self._process.wait()
         if self._process.returncode < 0:  # the guard itself was killed
             end(marked(self.mark))
+            if self._remove is not None:
+                shutil.rmtree(self._remove, ignore_errors=True)
 
 
 def marked(mark: str) -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""Makes and keeps the Python environments that NeMo Gym runs in: one for Gym itself, others only for servers that need more.
+"""Makes and keeps the Python environments of NeMo Gym: one for Gym itself, others only for servers that need more.
 
 An environment is made once, under a lock that holds between processes, and stamped when it is whole; what has no stamp
 was left half-made and is made anew. Finding a stamped one takes milliseconds.
@@ -43,7 +43,9 @@ _STAMP = "gymlink.json"
 # Every server imports these at the same time, 8 s of compiling each; compiling all 18000 files would take minutes.
 _WARM_UP = "import nemo_gym.cli.env, nemo_gym.base_resources_server, ray.dashboard.dashboard, ray.dashboard.agent"
 _NAMED_FILE = re.compile(r"^(-r|-c|--requirement|--constraint)[ =]*(\S+)$")
-_PYTHON_STATE = re.compile(r"VIRTUAL_ENV.*|PYTHON(PATH|HOME|STARTUP|SAFEPATH|DONTWRITEBYTECODE)|_?CONDA_.*|RAY_.*|NEMO_GYM_.*")
+_PYTHON_STATE = re.compile(
+    r"VIRTUAL_ENV.*|PYTHON(PATH|HOME|STARTUP|SAFEPATH|DONTWRITEBYTECODE)|_?CONDA_.*|RAY_.*|NEMO_GYM_.*"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class GymEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class ServerFolder:
-    """Where the code of one of Gym's servers is: `kind` "resources_servers" and the like, `name` of the folder in it."""
+    """Where one server's code is; `kind` is "resources_servers" and the like, `name` the folder in it."""
 
     kind: str
     name: str
@@ -82,13 +84,13 @@ def clean_environment(*, first_on_path: Sequence[Path] = ()) -> dict[str, str]:
     """
     env = {key: value for key, value in os.environ.items() if not _PYTHON_STATE.fullmatch(key)}
     env["PATH"] = os.pathsep.join([*map(str, first_on_path), env.get("PATH", os.defpath)])
-    for pip, uv, separator in (
-        ("PIP_FIND_LINKS", "UV_FIND_LINKS", ","),
-        ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", " "),
-        ("PIP_EXTRA_INDEX_URL", "UV_INDEX", " "),
-        ("PIP_CERT", "SSL_CERT_FILE", " "),
+    for pip, uv, older, separator in (
+        ("PIP_FIND_LINKS", "UV_FIND_LINKS", "", ","),
+        ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL", " "),
+        ("PIP_EXTRA_INDEX_URL", "UV_INDEX", "UV_EXTRA_INDEX_URL", " "),
+        ("PIP_CERT", "SSL_CERT_FILE", "", " "),
     ):
-        if env.get(pip) and not any(env.get(name) for name in (uv, uv.replace("DEFAULT_INDEX", "INDEX_URL"))):
+        if env.get(pip) and not env.get(uv) and not env.get(older):
             env[uv] = separator.join(env[pip].split())
     return env
 
@@ -108,11 +110,14 @@ def prepare_gym(settings: GymSettings, report: Report) -> GymEnvironment:
 
     def make(prefix: Path) -> dict[str, str]:
         interpreter = find_interpreter(settings.python, settings.version)
-        _make(prefix, interpreter, [f"nemo-gym=={settings.version}"], f"NeMo Gym {settings.version}", report)
+        _make(
+            prefix, interpreter, [f"nemo-gym=={settings.version}"], label=f"NeMo Gym {settings.version}", report=report
+        )
         return {"path": str(interpreter.path), "version": interpreter.version}
 
     prefix = cache_folder() / "gym" / name
-    return GymEnvironment(prefix, settings.version, Interpreter(**_interpreter(_once(prefix, make, report))))
+    made = _once(prefix, make, report)
+    return GymEnvironment(prefix, settings.version, Interpreter(Path(made["path"]), made["version"]))
 
 
 def prepare_server(gym: GymEnvironment, folder: ServerFolder, pins: Sequence[str], report: Report) -> Path:
@@ -135,7 +140,7 @@ def prepare_server(gym: GymEnvironment, folder: ServerFolder, pins: Sequence[str
 
     def make(prefix: Path) -> dict[str, str]:
         needs = [f"nemo-gym=={gym.version}", *pins, *asked]
-        _make(prefix, gym.interpreter, needs, f"the environment of {folder.name}", report, folder.path)
+        _make(prefix, gym.interpreter, needs, label=f"what {folder.name} needs", report=report, folder=folder.path)
         return {"path": str(gym.interpreter.path), "version": gym.interpreter.version}
 
     _once(prefix, make, report)
@@ -183,7 +188,7 @@ def _requirements(folder: Path) -> list[str]:
         lines = requirements.read_text(encoding="utf-8").splitlines()
     else:
         raise ConfigError(
-            f"{folder} has neither requirements.txt nor pyproject.toml: Gym needs one of them in the folder of a server. "
+            f"{folder} has neither requirements.txt nor pyproject.toml: Gym needs one in the folder of a server. "
             f"A server that needs nothing but Gym has the line 'nemo-gym' in requirements.txt."
         )
     stripped = (line.strip() for line in lines)
@@ -226,10 +231,6 @@ def _read_stamp(stamp: Path, prefix: Path) -> dict[str, str] | None:
     return made if (prefix / "bin" / "python").exists() else None
 
 
-def _interpreter(made: dict[str, str]) -> dict[str, object]:
-    return {"path": Path(made["path"]), "version": made["version"]}
-
-
 @contextmanager
 def _lock(path: Path, report: Report) -> Iterator[None]:
     with path.open("a", encoding="utf-8") as file:
@@ -242,7 +243,13 @@ def _lock(path: Path, report: Report) -> Iterator[None]:
 
 
 def _make(
-    prefix: Path, interpreter: Interpreter, needs: Sequence[str], label: str, report: Report, folder: Path | None = None
+    prefix: Path,
+    interpreter: Interpreter,
+    needs: Sequence[str],
+    *,
+    label: str,
+    report: Report,
+    folder: Path | None = None,
 ) -> None:
     """A new environment at `prefix`; relative paths in `needs` are relative to `folder`."""
     uv = find_uv_bin()
@@ -259,7 +266,7 @@ def _make(
         status = _run(command, log, f"installing {label}", report, folder or prefix.parent)
         if status != 0:
             raise GymError(
-                f"Could not install {label} for Python {interpreter.version} (uv exited with {status}; the whole log is "
+                f"Could not install {label} for Python {interpreter.version} (status {status}; the whole log is "
                 f"{log}):\n{last_lines(log)}"
             )
     asked.unlink()

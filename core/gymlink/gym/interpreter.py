@@ -36,7 +36,7 @@ class Interpreter:
 def needed_python(gym_version: str) -> tuple[str, str]:
     """What nemo-gym needs: the series to look for, such as "3.12", and the least version, such as "3.12.0".
 
-    From its `requires-python`: >=3.12 before 0.5, >=3.13.14 since. Gym before 0.5 pins packages that are built for 3.12.
+    From its `requires-python`: >=3.12 before 0.5, >=3.13.14 since.
     """
     return ("3.12", "3.12.0") if Version(gym_version) < Version("0.5.dev0") else ("3.13", "3.13.14")
 

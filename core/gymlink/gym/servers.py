@@ -4,9 +4,9 @@ What was started here ends with the handle, with an exception, with Ctrl-C, and 
 (`gymlink.gym.guard`). What was attached to is never stopped. Two Gyms on one machine do not meet: each has ports of its
 own, and a Ray of its own.
 
-Gym does not quote paths, writes into its working directory, and its Ray needs short ones for its sockets. So it lives in
-a private folder /tmp/gymlink-*, which holds links to the user's servers, to the prepared environments and to the log
-folder, and which goes away with it.
+Gym does not quote paths, writes into its working directory, and its Ray needs short ones for its sockets. So it lives
+in a private folder /tmp/gymlink-*, which holds links to the user's servers, to the prepared environments and to the
+log folder, and which goes away with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -173,6 +173,8 @@ def start_gym(
     gym = prepare_gym(settings, report)
     log_dir = (run_dir / "logs").absolute()
     log_dir.mkdir(parents=True, exist_ok=True)
+    for old in log_dir.glob("*.log"):
+        old.unlink()  # Gym appends, and the end of a log must be the end of this run
     with contextlib.ExitStack() as undo:
         private = _Private(settings.root or Path.cwd(), log_dir)
         undo.callback(private.remove)
@@ -201,9 +203,10 @@ def start_gym(
                 command, env=env, cwd=private.work, output=output, remove=private.path, keep_open=[claim.fileno()]
             )
         undo.callback(process.stop)
-        config, instances = _wait_for_head(process, head_url, planned, settings.start_timeout_s, log_dir, report)
+        startup = _Startup(process, log_dir, time.monotonic() + settings.start_timeout_s, report)
+        config, instances = startup.wait_for_head(head_url, len(planned.servers))
         servers = _servers(config, instances, head_url)
-        _wait_for_servers(process, servers, settings.start_timeout_s, log_dir, report)
+        startup.wait_for_servers(servers)
         undo.pop_all()
         claim.close()  # the guard holds its own copy
         return GymServers(head_url, config, servers, version=gym.version, log_dir=log_dir, process=process)
@@ -320,55 +323,57 @@ def _servers(config: Mapping[str, Any], instances: Sequence[Mapping[str, Any]], 
     return servers
 
 
-def _wait_for_head(
-    process: GuardedProcess, head_url: str, planned: Plan, timeout_s: float, log_dir: Path, report: Report
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    for _ in _beats(lambda: "starting Gym", timeout_s, report):
-        if process.returncode is not None:
-            raise _why_it_ended(process, log_dir)
-        with contextlib.suppress(GymError, ValueError):
-            instances = _fetch(head_url, "/server_instances", GymError)
-            if len(instances) >= len(planned.servers):
-                return yaml.safe_load(_fetch(head_url, "/global_config_dict_yaml", GymError)), instances
-    raise GymStartError(
-        f"Gym's head server did not answer within {timeout_s:g} s (gym.start_timeout_s). "
-        f"The end of {log_dir / 'gym.log'}:\n{last_lines(log_dir / 'gym.log')}"
-    )
+@dataclass(frozen=True, slots=True)
+class _Startup:
+    """The wait until a Gym that was started is ready. `deadline` is on the monotonic clock."""
 
+    process: GuardedProcess
+    log_dir: Path
+    deadline: float
+    report: Report
 
-def _wait_for_servers(
-    process: GuardedProcess, servers: Mapping[str, Server], timeout_s: float, log_dir: Path, report: Report
-) -> None:
-    waiting = dict(servers)
-    with httpx.Client(trust_env=False, timeout=_PROBE_TIMEOUT_S) as client:
-        for _ in _beats(lambda: f"waiting for {', '.join(waiting)}", timeout_s, report):
-            for name, server in servers.items():
-                if name in waiting:
+    def wait_for_head(self, head_url: str, servers: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Gym's whole config and the instances, once all `servers` are started (they may not answer yet)."""
+        for _ in self._beats(lambda: "starting Gym"):
+            if self.process.returncode is not None:
+                raise _why_it_ended(self.process, self.log_dir)
+            with contextlib.suppress(GymError):
+                instances = _fetch(head_url, "/server_instances", GymError)
+                if len(instances) >= servers:
+                    return yaml.safe_load(_fetch(head_url, "/global_config_dict_yaml", GymError)), instances
+        raise self._too_late("Gym's head server", self.log_dir / "gym.log")
+
+    def wait_for_servers(self, servers: Mapping[str, Server]) -> None:
+        waiting = dict(servers)
+        with httpx.Client(trust_env=False, timeout=_PROBE_TIMEOUT_S) as client:
+            for _ in self._beats(lambda: f"waiting for {', '.join(waiting)}"):
+                for name, server in [*waiting.items()]:
                     with contextlib.suppress(httpx.HTTPError):
                         client.get(server.url)  # any answer will do: not every server has a page at its root
                         del waiting[name]
-            if not waiting:
-                return
-            if process.returncode is not None:
-                raise _why_it_ended(process, log_dir)
-            if (dead := _find_dead(process, servers, log_dir)) is not None:
-                raise GymStartError(dead)
-    slow = next(iter(waiting))
-    raise GymStartError(
-        f"{', '.join(waiting)} did not answer within {timeout_s:g} s (gym.start_timeout_s). "
-        f"The end of {log_dir / f'{slow}.log'}:\n{last_lines(log_dir / f'{slow}.log')}"
-    )
+                if not waiting:
+                    return
+                if self.process.returncode is not None:
+                    raise _why_it_ended(self.process, self.log_dir)
+                if (dead := _find_dead(self.process, servers, self.log_dir)) is not None:
+                    raise GymStartError(dead)
+        raise self._too_late(", ".join(waiting), _log_of(next(iter(waiting)), self.log_dir))
 
+    def _beats(self, what: Callable[[], str]) -> Iterator[None]:
+        """Yield now and every fraction of a second until the deadline, saying what is waited for."""
+        started = time.monotonic()
+        said = started - REPORT_EVERY_S
+        while (now := time.monotonic()) < self.deadline:
+            yield
+            if now - said >= REPORT_EVERY_S:
+                self.report(f"{what()} ({now - started:.0f} s)")
+                said = now
+            time.sleep(_POLL_S)
 
-def _beats(what: Any, timeout_s: float, report: Report) -> Iterator[None]:
-    """Yield now and every fraction of a second until the time is up, saying what is waited for."""
-    started = said = time.monotonic()
-    while (now := time.monotonic()) - started < timeout_s:
-        yield
-        if now - said >= REPORT_EVERY_S:
-            report(f"{what()} ({now - started:.0f} s)")
-            said = now
-        time.sleep(_POLL_S)
+    def _too_late(self, what: str, log: Path) -> GymStartError:
+        return GymStartError(
+            f"{what} did not answer in time (gym.start_timeout_s). The end of {log}:\n{last_lines(log)}"
+        )
 
 
 def _find_dead(process: GuardedProcess, servers: Mapping[str, Server], log_dir: Path) -> str | None:
@@ -387,8 +392,12 @@ def _is_alive(pid: int) -> bool:
     return False
 
 
+def _log_of(name: str, log_dir: Path) -> Path:
+    return log_dir / f"{name.replace('/', '_')}.log"  # as Gym names it
+
+
 def _obituary(name: str, log_dir: Path) -> str:
-    log = log_dir / f"{name.replace('/', '_')}.log"
+    log = _log_of(name, log_dir)
     return f"Gym's server {name!r} has ended. The end of {log}:\n{last_lines(log)}"
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback
 
 from gymlink.config import parse_settings
 from gymlink.demo import DemoRequest, DemoResult
@@ -39,6 +40,8 @@ def run(request: DemoRequest) -> DemoResult:
         GymlinkError: Gym did not start, or too many rollouts failed.
     """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    # TRL 1.16 calls these by the names that transformers 5.23 calls old.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* deprecated", category=FutureWarning)
     from trl import GRPOConfig, GRPOTrainer
 
     steps = request.steps or STEPS
@@ -67,6 +70,7 @@ def run(request: DemoRequest) -> DemoResult:
                 output_dir=scratch,
                 use_cpu=True,
                 bf16=False,
+                gradient_checkpointing=False,
                 per_device_train_batch_size=ROLLOUTS_A_STEP,
                 num_generations=GENERATIONS,
                 learning_rate=LEARNING_RATE,
@@ -121,14 +125,7 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._request.on_start(self._steps)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if logs is not None and "reward" in logs:
             self.rewards.append(float(logs["reward"]))
             figures = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gymlink.align import canonical, split_reasoning
@@ -66,6 +66,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "reasoning", "name"]), JSON))
 def test_never_raises(message: Any) -> None:
     assert len(canonical(message).digest) == 16

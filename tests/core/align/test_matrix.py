@@ -132,8 +132,12 @@ def check_new_part(cell: Cell, chat: Any, tokenizer: Any, expected: str | None, 
     assert expected.endswith(added)
     if cell.stop == "none" and cell.text and not cell.calls:
         assert expected.endswith(cell.text + added), "a cut turn must be closed as the template closes it"
+    closed = tokenizer.decode(canonical_stop(chat, cell.new))
+    if cell.stop == "second" and closed != "<|endoftext|>":
+        # The second stop token closed the turn; only a marker that opens the next message is still to come (GLM).
+        opens = chat._template.encode(closed)[0] in chat._openers
+        assert added.startswith(closed) is opens
     if cell.stop == "canonical" and cell.text and not cell.calls:
-        closed = tokenizer.decode(canonical_stop(chat, cell.new))
         assert expected.endswith(cell.text + closed + added), "an end marker that was sampled must not be doubled"
 
 

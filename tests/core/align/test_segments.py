@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gymlink.align import build_segments
@@ -26,6 +26,7 @@ def trees(draw: st.DrawFn) -> list[Turn]:
     return turns
 
 
+@settings(deadline=None)
 @given(trees(), st.sampled_from(POLICIES), st.data())
 def test_every_sampled_token_is_accounted_for(turns: list[Turn], policy: str, data: st.DataObject) -> None:
     last = data.draw(st.one_of(st.none(), st.integers(0, len(turns) - 1)))
@@ -42,6 +43,7 @@ def test_every_sampled_token_is_accounted_for(turns: list[Turn], policy: str, da
                 assert mask == 0 or logprob <= 0
 
 
+@settings(deadline=None)
 @given(trees())
 def test_trained_tokens_are_the_sampled_ones_with_their_logprobs(turns: list[Turn]) -> None:
     segments, _ = build_segments(turns, on_history_rewrite="fork")

@@ -16,12 +16,13 @@ from gymlink.config import GymSettings
 from gymlink.gym import GymServers, start_gym
 
 ENVIRONMENTS = Path(__file__).parents[3] / "examples" / "environments"
-KEY = "the run's secret"
 CONFIGS = tuple(f"resources_servers/{name}/configs/{name}.yaml" for name in ("keypad", "stockroom"))
 
 
 class StubPolicy:
     """An OpenAI-shaped endpoint: types 1234, or takes two nuts and says done when there are tools."""
+
+    key = "the run's secret"
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -68,7 +69,14 @@ class StubPolicy:
         choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if "tool_calls" in message else "stop"}
         usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
         return web.json_response(
-            {"id": "x", "object": "chat.completion", "created": 0, "model": "policy", "choices": [choice], "usage": usage}
+            {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "policy",
+                "choices": [choice],
+                "usage": usage,
+            }
         )
 
 
@@ -83,5 +91,7 @@ def policy() -> Iterator[StubPolicy]:
 def running_gym(policy: StubPolicy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GymServers]:
     settings = GymSettings(config_paths=CONFIGS, root=ENVIRONMENTS)
     run_dir = tmp_path_factory.mktemp("run with a space")
-    with start_gym(settings, policy_base_url=policy.url, policy_api_key=KEY, run_dir=run_dir, report=print) as gym:
+    with start_gym(
+        settings, policy_base_url=policy.url, policy_api_key=policy.key, run_dir=run_dir, report=print
+    ) as gym:
         yield gym

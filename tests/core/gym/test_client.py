@@ -34,11 +34,11 @@ class Gym:
         names = ("good", "slow", "broken", "garbage", "no_reward", "hangs_up", "counting")
         return {name: f"{self.head_url}/{name}" for name in names} | {"absent": "http://127.0.0.1:9"}
 
-    async def answer(self, request: web.Request) -> web.StreamResponse:  # noqa: PLR0911  (one line for each misdeed)
+    async def answer(self, request: web.Request) -> web.StreamResponse:
         self.cookies.append(request.headers.get("Cookie"))
         assert request.transport is not None
         self.ports.add(request.transport.get_extra_info("peername")[1])
-        match request.match_info["agent"]:
+        match request.match_info.get("agent"):
             case "slow":
                 await asyncio.sleep(30)
             case "broken":
@@ -58,6 +58,12 @@ class Gym:
         response.set_cookie("session", "mine")
         return response
 
+    async def instances(self, _: web.Request) -> web.Response:
+        return web.json_response([{"process_name": "good"}])
+
+    async def config(self, _: web.Request) -> web.Response:
+        return web.json_response(CONFIG.replace("PORT", self.head_url.rsplit(":")[-1]))
+
 
 @pytest.fixture
 async def gym() -> AsyncIterator[Gym]:
@@ -65,18 +71,14 @@ async def gym() -> AsyncIterator[Gym]:
     app = web.Application()
     app.router.add_post("/{agent}/run", gym.answer)
     app.router.add_post("/run", gym.answer)
-    app.router.add_get("/server_instances", lambda _: _json([{"process_name": "good"}]))
-    app.router.add_get("/global_config_dict_yaml", lambda _: _json(CONFIG.replace("PORT", gym.head_url.rsplit(':')[-1])))
+    app.router.add_get("/server_instances", gym.instances)
+    app.router.add_get("/global_config_dict_yaml", gym.config)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     gym.head_url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     yield gym
     await runner.cleanup()
-
-
-async def _json(value: Any) -> web.Response:
-    return web.json_response(value)
 
 
 async def test_a_row_goes_out_and_its_answer_comes_back(gym: Gym) -> None:

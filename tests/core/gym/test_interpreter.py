@@ -62,7 +62,15 @@ def test_nothing_found_says_what_was_searched_and_what_to_do(empty_machine: Path
     broken_shim(empty_machine / "python3.12")
     with pytest.raises(ConfigError) as raised:
         find_interpreter(None, "0.4.0")
-    for part in ("3.12", "PATH", str(tmp_path / "uv"), "pyenv/versions", "does not run", "gym.python", "uv python install"):
+    for part in (
+        "3.12",
+        "PATH",
+        str(tmp_path / "uv"),
+        "pyenv/versions",
+        "does not run",
+        "gym.python",
+        "uv python install",
+    ):
         assert part in str(raised.value)
 
 

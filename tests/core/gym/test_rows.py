@@ -64,7 +64,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: Any, message:
 
 
 def test_a_file_that_is_missing_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Cannot read the rows .*No such file"):
+    with pytest.raises(ConfigError, match=r"Cannot read the rows .*No such file"):
         check_rows(tmp_path / "nowhere.jsonl")
     with pytest.raises(ConfigError, match="no rows"):
         check_rows(write(tmp_path, ""))

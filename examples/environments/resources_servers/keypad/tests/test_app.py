@@ -1,4 +1,4 @@
-"""Run with Gym's interpreter: `gym env test --resources-server keypad`, from the folder above resources_servers/."""
+"""Run in the server's folder, where nemo-gym and pytest are installed: `PYTHONPATH=. python -m pytest tests`."""
 
 import asyncio
 from types import SimpleNamespace

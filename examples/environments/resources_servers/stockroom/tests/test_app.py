@@ -1,4 +1,4 @@
-"""Run with Gym's interpreter: `gym env test --resources-server stockroom`, from the folder above resources_servers/."""
+"""Run in the server's folder, where nemo-gym and pytest are installed: `PYTHONPATH=. python -m pytest tests`."""
 
 from unittest.mock import MagicMock
 
