@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from gymlink.align import load_format
 from gymlink.config import Settings
 from gymlink.engines import Engine
-from gymlink.errors import ConfigError, GymError, GymStartError
+from gymlink.errors import ConfigError, GymError, GymStartError, RolloutError
 from gymlink.gateway import GatewayServer, PolicyService, Router, create_app
 from gymlink.gym import GymClient, GymServers, attach_gym, start_gym
 from gymlink.rollout import Collector, Recorder
@@ -207,12 +207,14 @@ class Session:
             if on_rollout is not None:
                 on_rollout(rollout)
 
-        usual = self._service.sampling
+        usual, before = self._service.sampling, self._service.totals.attributed_tokens
         self._service.sampling = sampling or usual
         try:
-            return self._run(collector.collect(requests, ended))
+            collected = self._run(collector.collect(requests, ended))
         finally:
             self._service.sampling = usual
+        _check_conservation(self._service.totals.attributed_tokens - before, collected)
+        return collected
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop is None:
@@ -257,6 +259,17 @@ def _check_policy_url(gym: GymServers, gateway_url: str) -> None:
             f"The Gym at {gym.head_url} calls the policy at {configured!r}, and this gateway answers at "
             f"{gateway_url}/v1. Set gateway.host and gateway.port to the address that Gym was started with, or start "
             "Gym with policy_base_url set to this one."
+        )
+
+
+def _check_conservation(sampled: int, batch: RolloutBatch) -> None:
+    """What the engine sampled, counted where it came out, must be what the rollouts say that they sampled."""
+    told = sum(rollout.sampled_tokens for rollout in batch.rollouts)
+    accounted = sum(rollout.trained_tokens + sum(rollout.dropped.values()) for rollout in batch.rollouts)
+    if not sampled == told == accounted:
+        raise RolloutError(
+            f"The engine sampled {sampled} tokens for this batch; its rollouts tell of {told}, and {accounted} are "
+            "trained or counted as dropped. Please report this: it is a defect of gymlink."
         )
 
 

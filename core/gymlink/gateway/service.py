@@ -30,6 +30,11 @@ class Totals:
     unattributed_tokens: int = 0
     """Sampled for requests that named no rollout."""
 
+    @property
+    def attributed_tokens(self) -> int:
+        """Sampled for rollouts."""
+        return self.sampled_tokens - self.unattributed_tokens
+
 
 class PolicyService:
     """Answers chat completions for open rollouts. Used from one event loop.

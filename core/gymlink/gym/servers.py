@@ -172,9 +172,6 @@ def start_gym(
     """
     gym = prepare_gym(settings, report)
     log_dir = (run_dir / "logs").absolute()
-    log_dir.mkdir(parents=True, exist_ok=True)
-    for old in log_dir.glob("*.log"):
-        old.unlink()  # Gym appends, and the end of a log must be the end of this run
     with contextlib.ExitStack() as undo:
         private = _Private(settings.root or Path.cwd(), log_dir)
         undo.callback(private.remove)
@@ -187,6 +184,10 @@ def start_gym(
             private.link_environment(folder.kind, folder.name, prepare_server(gym, folder, planned.pins, report))
         head_url, own, claim = _place(planned, settings.overrides, private)
         undo.callback(claim.close)
+        # From here on the settings are known to be good: nothing was written to run_dir before.
+        log_dir.mkdir(parents=True, exist_ok=True)
+        for old in log_dir.glob("*.log"):
+            old.unlink()  # Gym appends, and the end of a log must be the end of this run
         command = [
             str(gym.prefix / "bin" / "gym"),
             "env",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Mapping
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -125,8 +124,9 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._request.on_start(self._steps)
 
-    def on_log(self, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        if logs is not None and "reward" in logs:
+    def on_log(self, *given: Any, **named: Any) -> None:
+        state, logs = given[1], named.get("logs") or {}
+        if "reward" in logs:
             self.rewards.append(float(logs["reward"]))
             figures = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
             self._request.on_step({"step": float(state.global_step), **figures})

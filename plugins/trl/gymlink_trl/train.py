@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args
 
 import yaml
 from datasets import Dataset
@@ -90,11 +90,15 @@ def train(config: Path, arguments: Sequence[str]) -> None:
         console.print(f"Model saved to {run.training.output_dir}", highlight=False)
         if run.training.push_to_hub:
             trainer.push_to_hub()
+        if hasattr(trainer, "end"):  # transformers 5.18 and later: close trackers and the process group
+            trainer.end()
 
 
 def prepare(config: Path, arguments: Sequence[str]) -> Run:
     """Read and check all that a run file names. Raises as `train` does."""
     gym, training, model = parse(config, arguments)
+    if gym.check_logprobs not in get_args(Check):
+        raise ConfigError(f"check_logprobs is {gym.check_logprobs!r}; choose one of {', '.join(get_args(Check))}.")
     check_arguments(training)
     if gym.eval_file is None and training.eval_strategy != "no":
         raise ConfigError(

@@ -133,7 +133,7 @@ def check_new_part(cell: Cell, chat: Any, tokenizer: Any, expected: str | None, 
     if cell.stop == "none" and cell.text and not cell.calls:
         assert expected.endswith(cell.text + added), "a cut turn must be closed as the template closes it"
     closed = tokenizer.decode(canonical_stop(chat, cell.new))
-    if cell.stop == "second" and closed != "<|endoftext|>":
+    if cell.stop == "second" and closed not in ("", "<|endoftext|>"):
         # The second stop token closed the turn; only a marker that opens the next message is still to come (GLM).
         opens = chat._template.encode(closed)[0] in chat._openers
         assert added.startswith(closed) is opens

@@ -192,7 +192,8 @@ def _gyms_of_ours_but_the_shared_one() -> list[str]:
 )
 def test_a_configuration_that_gym_refuses(policy: Any, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        start(policy, tmp_path, **settings)
+        start(policy, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_port_in_use(policy: Any, tmp_path: Path) -> None:
