@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any, Final, Literal
 
 from gymlink.align.base import NO_ARGS, ChatFormat
-from gymlink.align.canonical import Canonical, canonical, text_of, tools_digest
+from gymlink.align.canonical import READ_FIELDS, Canonical, canonical, text_of, tools_digest
 from gymlink.types import ForkCause, Generation, Message, TokenIds, Tool, Turn
 
 _ROOT: Final = b""
@@ -76,6 +76,7 @@ class RolloutRecord:
         self._openings: set[bytes] = set()
         self._reasonings: dict[bytes, list[str]] = {}  # history key -> reasoning seen on its last message
         self._longest = 0
+        self._latest: _History | None = None
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -85,12 +86,12 @@ class RolloutRecord:
     def plan(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
     ) -> PromptPlan:
-        """The prompt for `messages`.
+        """The prompt for `messages`. They are kept: give new ones to a later call, never these changed in place.
 
         Raises:
             AlignmentError: the chat template refuses these messages.
         """
-        history = _hash(messages, tools, template_args)
+        history = self._latest = _hash(messages, tools, template_args, self._latest)
         anchor = self._anchor(history)
         if anchor is None:
             return self._fresh(history, tools, template_args, self._why_no_anchor(history))
@@ -258,13 +259,25 @@ class RolloutRecord:
         return any(ids and ids not in ours for ids in echoed)
 
 
-def _hash(messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any]) -> _History:
-    forms = tuple(canonical(message) for message in messages)
-    chain = [_ROOT]
-    for form in forms:
+def _hash(
+    messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any], known: _History | None
+) -> _History:
+    """`known` is a history whose work is taken over as far as the messages are the same: most calls only add some."""
+    same = 0 if known is None else _common_length(messages, known.messages)
+    forms = (*(known.forms[:same] if known else ()), *(canonical(message) for message in messages[same:]))
+    chain = [*(known.chain[: same + 1] if known else (_ROOT,))]
+    for form in forms[same:]:
         chain.append(_link(chain[-1], form))
     prefilled = bool(template_args.get("continue_final_message")) and bool(forms) and forms[-1].role == "assistant"
     return _History(tuple(messages), forms, tuple(chain), tools_digest(tools, template_args), prefilled)
+
+
+def _common_length(messages: Sequence[Message], others: Sequence[Message]) -> int:
+    """How many messages at the beginning are equal in all that `canonical` looks at."""
+    for length, (one, other) in enumerate(zip(messages, others, strict=False)):
+        if any(one.get(name) != other.get(name) for name in READ_FIELDS):
+            return length
+    return min(len(messages), len(others))
 
 
 def _link(key: bytes, form: Canonical) -> bytes:
