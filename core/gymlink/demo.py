@@ -168,7 +168,6 @@ def show_curve(rewards: Sequence[float], console: Console) -> None:
     console.print(chart, markup=False, highlight=False)
 
 
-
 class _Stages:
     """Shows one line per stage with a spinner, then a bar for the training steps; plain lines without a terminal."""
 
