@@ -13,7 +13,7 @@ def gymlink_frameworks() -> Sequence[Framework]:
         Framework(
             name="trl",
             distribution="trl",
-            versions=">=1.16,<1.17",
+            versions=">=1.10,<1.17",
             extra="trl",
             summary="TRL's GRPOTrainer, sampling from the trainer's own live model",
             train="gymlink_trl.train:train",

@@ -1,6 +1,7 @@
-"""What the plugin needs of TRL 1.16 and transformers, by name: a new version that lacks one fails here first.
+"""What the plugin needs of TRL (1.10 to 1.16) and transformers (5.19 and later), by name.
 
-The plugin uses no private name of either. Some of the names below are public but undocumented.
+A new version that lacks one fails here first. The plugin uses no private name of either but one; some of the names
+below are public and undocumented.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TRAINER_ATTRIBUTES = {
     "max_completion_length",
     "tools",
 }
-"""Set by GRPOTrainer.__init__ (TRL 1.16), beside those of transformers' Trainer."""
+"""Set by GRPOTrainer.__init__ (TRL 1.10 to 1.16), beside those of transformers' Trainer."""
 
 CONFIG_FIELDS = {
     "use_vllm",
