@@ -67,6 +67,7 @@ class LiveModelEngine:
         self._model_context = max_context or _position_limit(model)
         self._batching = {**_batching_defaults(model, self._model_context), **(batching or {})}
         self._period: _Period | None = None
+        self._closed = False
 
     @property
     def max_context(self) -> int | None:
@@ -104,6 +105,8 @@ class LiveModelEngine:
         self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], request_id: str
     ) -> Generation:
         period = self._period
+        if self._closed:
+            raise EngineError("The engine is closed.")
         if period is None:
             raise EngineError("The trainer is not collecting rollouts now: its model samples only during a collection.")
         if replace(sampling, max_tokens=None) != period.sampling:
@@ -116,7 +119,8 @@ class LiveModelEngine:
         return await period.generate(prompt_ids, limit, stop_token_ids, request_id)
 
     async def aclose(self) -> None:
-        """Nothing outlives `sampling`."""
+        """Refuse any further call. Nothing else outlives `sampling`."""
+        self._closed = True
 
     def _make_manager(self, sampling: Sampling) -> Any:
         try:
