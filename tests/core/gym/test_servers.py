@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from uv import find_uv_bin
 from gymlink.config import GymSettings
 from gymlink.errors import ConfigError, GymError, GymRequestError, GymStartError
 from gymlink.gym import GymClient, GymServers, attach_gym, prepare_gym, read_rows, start_gym
+from gymlink.gym.install import clean_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.gym]
 
@@ -137,7 +139,8 @@ def test_two_at_once_do_not_meet_and_a_death_is_noticed(running_gym: GymServers,
         pid = second.servers["keypad"].pid
         assert pid is not None
         for child in [*below(pid), pid]:
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # a parent may end with its child
+                os.kill(child, signal.SIGKILL)
         said = complaint(second)
         assert "'keypad' has ended" in said
         assert "Uvicorn running" in said
@@ -251,7 +254,7 @@ def lent_pytest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Gym's interpreter, and a folder with pytest for it: Gym's own environment has none."""
     python, folder = prepare_gym(GymSettings(config_paths=[KEYPAD]), print).python, tmp_path_factory.mktemp("pytest")
     lend = [find_uv_bin(), "pip", "install", "--quiet", "--python", str(python), "--target", str(folder), "pytest"]
-    subprocess.run(lend, check=True)
+    subprocess.run(lend, check=True, env=clean_environment())
     return python, folder
 
 
