@@ -54,7 +54,7 @@ class Session:
     Args:
         settings: from `gymlink.config.load_settings`.
         tokenizer: the policy's, with its chat template.
-        engine: samples from the policy.
+        engine: samples from the policy; closed with the session.
         sampling: the trainer's, for every call of the policy.
         run_dir: logs of Gym's servers and `rollouts.jsonl` go here; made when missing.
         report: told in a few words what is being waited for.

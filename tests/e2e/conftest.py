@@ -31,6 +31,12 @@ def policy(tokenizer: PreTrainedTokenizerFast) -> ScriptedPolicy:
     return ScriptedPolicy(tokenizer)
 
 
+@pytest.fixture
+def own_policy(tokenizer: PreTrainedTokenizerFast) -> ScriptedPolicy:
+    """For a test with a session of its own, which closes the engine."""
+    return ScriptedPolicy(tokenizer)
+
+
 @pytest.fixture(scope="session")
 def session(
     tokenizer: PreTrainedTokenizerFast, policy: ScriptedPolicy, tmp_path_factory: pytest.TempPathFactory
