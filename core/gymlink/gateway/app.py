@@ -45,7 +45,7 @@ def create_app(service: PolicyService, secret: str, router: Router | None = None
         body = await _body(request)
         chat = parse_chat_request(body)
         if (peer := router.peer_of(chat.rollout)) is not None:
-            return await router.forward(peer, request.url.path, body, secret)
+            return await router.forward(peer, request, body, secret)
 
         async def connected() -> bool:
             return not await request.is_disconnected()
@@ -56,7 +56,7 @@ def create_app(service: PolicyService, secret: str, router: Router | None = None
         body = await _body(request)
         asked = parse_tokenize_request(body)
         if (peer := router.peer_of(asked.rollout)) is not None:
-            return await router.forward(peer, request.url.path, body, secret)
+            return await router.forward(peer, request, body, secret)
         token_ids = service.tokenize(asked)
         answer = {"count": len(token_ids), "max_model_len": service.engine.max_context, "tokens": token_ids}
         return json_response(answer)

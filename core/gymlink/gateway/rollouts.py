@@ -1,6 +1,7 @@
 """The rollouts that are open at the gateway: what each has sampled, and the calls it has in flight.
 
-Invariant: every id that the engine returned is counted in exactly one rollout, whether or not it became a turn.
+Invariant: what a rollout has sampled is the sum of its turns and of what it counts as undelivered, at every moment that
+another task can see. Nothing is added to a rollout that was closed.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ class OpenRollout:
     _calls: set[asyncio.Task[Generation]] = field(default_factory=set)
 
     async def sample(self, generating: Coroutine[Any, Any, Generation]) -> Generation:
-        """Await the engine for this rollout, counting what it samples and the time it takes.
+        """Await the engine for this rollout, and take the time.
 
         Raises:
-            RolloutClosedError: the rollout was closed meanwhile; the generation was cancelled.
+            RolloutClosedError: the rollout was closed and the generation cancelled. A generation that had just ended
+                by then is still returned: whoever uses it looks at `closed`.
         """
         call = asyncio.create_task(generating)
         self._calls.add(call)
         started = time.perf_counter()
         try:
-            generation = await call
+            return await call
         except asyncio.CancelledError:
             call.cancel()
             if self.closed:
@@ -49,8 +51,6 @@ class OpenRollout:
         finally:
             self._calls.discard(call)
             self.seconds_in_model += time.perf_counter() - started
-        self.sampled_tokens += len(generation.token_ids)
-        return generation
 
     def close(self) -> None:
         """Cancel what is in flight."""

@@ -6,10 +6,12 @@ own rollouts; the owner is written in the rollout id ("<owner>.<unique>"), so ro
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Mapping
 
 import aiohttp
+from starlette.requests import Request
 from starlette.responses import Response
 
 from gymlink.gateway.wire import WireError
@@ -39,8 +41,24 @@ class Router:
             return None
         return self.peers.get(rollout_id.partition(".")[0])
 
-    async def forward(self, peer: str, path: str, body: bytes, secret: str) -> Response:
-        """The peer's own answer. Raises `WireError` 502 when it does not answer."""
+    async def forward(self, peer: str, request: Request, body: bytes, secret: str) -> Response:
+        """The peer's own answer to `request`, whose body was read. A client that hangs up hangs up on the peer too.
+
+        Raises:
+            WireError: 424 when the peer does not answer. (Gym's client repeats a 502, 503 or 504 without end.)
+        """
+        posting = asyncio.create_task(self._post(peer, request.url.path, body, secret))
+        hang_up = asyncio.ensure_future(request.receive())  # after the body, the only message left is http.disconnect
+        try:
+            await asyncio.wait({posting, hang_up}, return_when=asyncio.FIRST_COMPLETED)
+            if posting.done():
+                return posting.result()
+            raise WireError(499, "The client closed the connection before the answer was ready.", kind="disconnected")
+        finally:
+            posting.cancel()
+            hang_up.cancel()
+
+    async def _post(self, peer: str, path: str, body: bytes, secret: str) -> Response:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
@@ -51,7 +69,7 @@ class Router:
                 return Response(await answer.read(), answer.status, media_type="application/json")
         except aiohttp.ClientError as error:
             message = f"The gateway at {peer}, which owns this rollout, did not answer: {error!r}."
-            raise WireError(502, message, kind="peer_error") from error
+            raise WireError(424, message, kind="peer_error") from error
 
     async def aclose(self) -> None:
         if self._session is not None:

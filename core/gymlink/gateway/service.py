@@ -29,11 +29,13 @@ class Totals:
     sampled_tokens: int = 0
     unattributed_tokens: int = 0
     """Sampled for requests that named no rollout."""
+    abandoned_tokens: int = 0
+    """Sampled for rollouts that had ended by the time the engine was done."""
 
     @property
     def attributed_tokens(self) -> int:
-        """Sampled for rollouts."""
-        return self.sampled_tokens - self.unattributed_tokens
+        """Sampled for rollouts, and theirs to account for."""
+        return self.sampled_tokens - self.unattributed_tokens - self.abandoned_tokens
 
 
 class PolicyService:
@@ -113,7 +115,12 @@ class PolicyService:
         plan = self._plan(rollout.record, request, tools)
         request_id = uuid.uuid4().hex
         generation = await self._generate(rollout, request, plan, request_id)
-        if not await connected():
+        heard = await connected()
+        # From here to the new turn nothing is awaited: the counts of a rollout agree whenever another task looks.
+        self._count(generation, rollout, request)
+        if rollout.closed:
+            raise _not_open(request.rollout)
+        if not heard:
             # Nobody read this answer, so no later turn can build on it: a client that tries again samples anew.
             rollout.undelivered["undelivered"] += len(generation.token_ids)
             raise WireError(499, "The client closed the connection before the answer was ready.", kind="disconnected")
@@ -134,7 +141,7 @@ class PolicyService:
             request_id=request_id,
         )
         try:
-            generation = await rollout.sample(generating)
+            return await rollout.sample(generating)
         except RolloutClosedError as error:
             raise _not_open(request.rollout) from error
         except ContextOverflowError as error:
@@ -143,10 +150,16 @@ class PolicyService:
         except EngineError as error:
             rollout.engine_error = str(error)
             raise WireError(500, str(error), kind="engine_error") from error
-        self.totals.sampled_tokens += len(generation.token_ids)
+
+    def _count(self, generation: Generation, rollout: OpenRollout, request: ChatRequest) -> None:
+        sampled = len(generation.token_ids)
+        self.totals.sampled_tokens += sampled
         if request.rollout is None:
-            self.totals.unattributed_tokens += len(generation.token_ids)
-        return generation
+            self.totals.unattributed_tokens += sampled
+        elif rollout.closed:
+            self.totals.abandoned_tokens += sampled
+        else:
+            rollout.sampled_tokens += sampled
 
     def _sampling_for(self, request: ChatRequest) -> Sampling:
         limits = [limit for limit in (request.token_limit, self.sampling.max_tokens) if limit is not None]

@@ -104,21 +104,29 @@ class Collector:
     async def _attempt(self, request: RolloutRequest, rollout_id: str, timeout_s: float) -> Outcome:
         agent, row = request.row["agent_ref"]["name"], _tagged(request.row, rollout_id)
         rollout = self._policy.open(rollout_id)
+        answer: Mapping[str, Any] | GymRequestError
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self._gym.run(agent, row, timeout_s=timeout_s)
         except TimeoutError:
-            return self._timed_out(rollout)
+            answer = GymRequestError("the deadline has passed", kind="timeout")
         except GymRequestError as error:
-            if error.kind == "timeout":
-                return self._timed_out(rollout)
-            if rollout.engine_error is not None:
-                return failed(rollout, "engine", rollout.engine_error)
-            return failed(rollout, error.kind, str(error))
-        else:
-            return self._scored(rollout, answer)
+            answer = error
         finally:
+            # Closed before it is looked at: a call of the policy that is still in flight adds nothing any more.
             self._policy.close(rollout_id)
+        if isinstance(answer, GymRequestError):
+            return self._failed(rollout, answer)
+        return self._scored(rollout, answer)
+
+    def _failed(self, rollout: OpenRollout, error: GymRequestError) -> Outcome:
+        if error.kind == "timeout":
+            turns = len(rollout.record.turns)
+            deadline = f"rollout.deadline_s = {self._settings.deadline_s:g} s"
+            return failed(rollout, "timeout", f"No result within {deadline}; turns until then: {turns}.")
+        if rollout.engine_error is not None:
+            return failed(rollout, "engine", rollout.engine_error)
+        return failed(rollout, error.kind, str(error))
 
     def _scored(self, rollout: OpenRollout, answer: Mapping[str, Any]) -> Outcome:
         try:
@@ -127,11 +135,6 @@ class Collector:
             # A bug of ours, and still no reason to lose the rest of the batch.
             logger.exception("rollout: the sampled turns do not fit together")
             return failed(rollout, "alignment", str(error))
-
-    def _timed_out(self, rollout: OpenRollout) -> Outcome:
-        turns = len(rollout.record.turns)
-        detail = f"No result within rollout.deadline_s = {self._settings.deadline_s:g} s; turns until then: {turns}."
-        return failed(rollout, "timeout", detail)
 
     def _refuse_if_too_many_failed(self, rollouts: Sequence[Rollout]) -> None:
         failures = [rollout for rollout in rollouts if rollout.status is RolloutStatus.FAILED]

@@ -59,12 +59,11 @@ def scored(rollout: OpenRollout, answer: Mapping[str, Any], alignment: Alignment
         if rollout.overflowed:
             return failed(rollout, "context_overflow", "The first prompt already exceeds the policy's context.")
         return failed(rollout, "no_model_call", "The agent answered without calling the policy: nothing to train.")
-    output = _output_items(answer)
-    segments, dropped = build_segments(
-        turns, on_history_rewrite=alignment.on_history_rewrite, last_turn=_final_turn(turns, output)
-    )
+    final = _final_turn(turns, _output_items(answer))
+    segments, dropped = build_segments(turns, on_history_rewrite=alignment.on_history_rewrite, last_turn=final)
+    cut = turns[final].finish_reason == "length" or rollout.overflowed
     return Outcome(
-        status=RolloutStatus.TRUNCATED if _truncated(rollout, answer) else RolloutStatus.COMPLETED,
+        status=RolloutStatus.TRUNCATED if cut or _says_truncated(answer) else RolloutStatus.COMPLETED,
         reward=float(answer["reward"]),
         segments=segments,
         turns=turns,
@@ -106,8 +105,7 @@ def _final_turn(turns: Sequence[Turn], output: Sequence[Mapping[str, Any]]) -> i
     return len(turns) - 1
 
 
-def _truncated(rollout: OpenRollout, answer: Mapping[str, Any]) -> bool:
+def _says_truncated(answer: Mapping[str, Any]) -> bool:
     response = answer.get("response")
     incomplete = isinstance(response, Mapping) and response.get("incomplete_details")
-    cut = rollout.record.turns[-1].finish_reason == "length"
-    return bool(cut or incomplete or answer.get("truncated") or rollout.overflowed)
+    return bool(incomplete or answer.get("truncated"))

@@ -193,7 +193,21 @@ async def test_a_call_is_passed_on_to_the_process_that_owns_the_rollout(gateway)
         assert (status, body["error"]["type"]) == (404, "not_found_error")
         await owner.server.stop()
         status, body = await front.chat([USER], "1.a")
-        assert (status, body["error"]["type"]) == (502, "peer_error")
+        assert (status, body["error"]["type"]) == (424, "peer_error")
+    finally:
+        await router.aclose()
+
+
+async def test_a_hang_up_reaches_the_process_that_owns_the_rollout(gateway) -> None:
+    owner = await gateway(latency_s=0.3)
+    front = await gateway(router=(router := Router(0, {1: owner.server.url})))
+    try:
+        rollout = owner.service.open("1.a")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(front.chat([USER], "1.a"), 0.1)
+        await asyncio.sleep(0.6)
+        assert rollout.record.turns == ()
+        assert rollout.undelivered == {"undelivered": 3}
     finally:
         await router.aclose()
 
