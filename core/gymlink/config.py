@@ -113,6 +113,8 @@ def load_settings(path: str | Path) -> Settings:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"Cannot read the settings file {str(path)!r}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The settings file {str(path)!r} is not UTF-8 text: {error}.") from error
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -158,10 +160,15 @@ def _explain(error: ValidationError) -> Iterable[str]:
             yield f"unknown key {where!r} ({hint})"
         elif problem["type"] == "missing":
             yield f"the key {where!r} is missing"
+        elif problem["type"] in _WANTED:
+            yield f"{where}: {_WANTED[problem['type']]} is needed (got {problem['input']!r})"
         else:
             given = problem["input"]
             shown = f" (got {given!r})" if where and not isinstance(given, Mapping) else ""
             yield f"{where or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{shown}"
+
+
+_WANTED = {"tuple_type": "a list", "model_type": "a mapping", "dict_type": "a mapping", "string_type": "a text"}
 
 
 def _known_keys(section: tuple[int | str, ...]) -> list[str]:

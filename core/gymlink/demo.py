@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from gymlink.errors import ConfigError, PluginError
 from gymlink.plugins import find_framework, resolve
+from gymlink.report import Reporter
 
 ENDS = 5
 """`reward_first` and `reward_last` are means over this many steps."""
@@ -186,13 +187,15 @@ class _Stages:
         )
         self._task = self._progress.add_task("Starting", total=None)
         self._training = False
+        self._reporter = Reporter(console)
 
     def report(self, text: str) -> None:
         if self._training:
             return
-        self._progress.update(self._task, description=text)
-        if not self._console.is_terminal:
-            self._console.print(text, highlight=False)
+        if self._console.is_terminal:
+            self._progress.update(self._task, description=text)
+        else:
+            self._reporter(text)
 
     def start_training(self, steps: int) -> None:
         self._training = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -30,20 +30,26 @@ class Plugins:
 @lru_cache(maxsize=1)
 def load_plugins() -> Plugins:
     """Load every installed plugin. No trainer is imported."""
-    manager = pluggy.PluginManager("gymlink")
-    manager.add_hookspecs(hookspecs)
+    frameworks: dict[str, Framework] = {}
     failures: dict[str, str] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
-            manager.register(entry.load(), name=entry.name)
-            manager.check_pending()
-        except Exception as error:  # noqa: BLE001 - a stranger's module may raise anything; the others must still load
-            manager.unregister(name=entry.name)
+            frameworks |= _frameworks_of(entry.load(), taken=frameworks.keys())
+        except Exception as error:  # noqa: BLE001 - a stranger's plugin may raise anything; the others must still load
             failures[entry.name] = f"{type(error).__name__}: {error}"
-    frameworks: dict[str, Framework] = {}
-    for listed in manager.hook.gymlink_frameworks():
-        frameworks.update({framework.name: framework for framework in listed})
     return Plugins(frameworks=frameworks, failures=failures)
+
+
+def _frameworks_of(plugin: object, *, taken: Collection[str]) -> dict[str, Framework]:
+    """What one plugin names; a manager of its own keeps its failures its own."""
+    manager = pluggy.PluginManager("gymlink")
+    manager.add_hookspecs(hookspecs)
+    manager.register(plugin)
+    manager.check_pending()
+    found = {framework.name: framework for listed in manager.hook.gymlink_frameworks() for framework in listed}
+    if twice := sorted(found.keys() & set(taken)):
+        raise PluginError(f"another plugin already connects {twice[0]!r}")
+    return found
 
 
 def find_framework(name: str) -> Framework:

@@ -194,12 +194,13 @@ class Session:
         `sampling` replaces the session's for this batch. `on_rollout` is called from the session's thread.
 
         Raises:
-            RolloutError: too many of the batch failed. GymError: Gym's servers died.
+            RolloutError: too many of the batch failed. GymError: a server of the Gym that was started here has died.
         """
         collector, recorder = self._collector, self._recorder
         if collector is None or recorder is None:
             raise GymError("The session is not started: call start(), or use it as a context manager.")
-        self._running_gym.check()
+        if self._running_gym.owned:
+            self._running_gym.check()
         batch, self._batches = self._batches, self._batches + 1
 
         def ended(rollout: Rollout) -> None:

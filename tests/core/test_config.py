@@ -30,6 +30,8 @@ def test_defaults_need_only_the_environments() -> None:
             "rollout.attempts: Input should be greater than or equal to 1 (got",
         ),
         ({**MINIMAL, "alignment": {"reasoning": "maybe"}}, "alignment.reasoning: Input should be 'keep' or 'drop'"),
+        ({"gym": {"config_paths": "a.yaml"}}, "gym.config_paths: a list is needed (got 'a.yaml')"),
+        ({"gym": None}, "gym: a mapping is needed (got None)"),
         ([], "expected a mapping"),
     ],
 )
@@ -57,6 +59,9 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 def test_a_missing_file_and_bad_yaml_are_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Cannot read the settings file '.*nothing.yaml': No such file"):
         load_settings(tmp_path / "nothing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"gym: \xe9")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_settings(tmp_path / "latin.yaml")
     (tmp_path / "bad.yaml").write_text("gym: [")
     with pytest.raises(ConfigError, match="is not valid YAML"):
         load_settings(tmp_path / "bad.yaml")

@@ -56,6 +56,20 @@ def test_a_misspelt_hook_is_a_failure_of_that_plugin(installed) -> None:
     assert "unknown hook 'gymlink_framework'" in load_plugins().failures["misspelt"]
 
 
+def test_a_hook_that_raises_breaks_no_other_and_a_name_is_taken_once(installed) -> None:
+    class Raises:
+        @hookimpl
+        def gymlink_frameworks(self):
+            raise RuntimeError("boom")
+
+    installed(Entry("raises", Raises()), Entry("good", Stranger()), Entry("again", Stranger()))
+    assert list(load_plugins().frameworks) == ["mine"]
+    assert load_plugins().failures == {
+        "raises": "RuntimeError: boom",
+        "again": "PluginError: another plugin already connects 'mine'",
+    }
+
+
 def test_a_wrong_version_names_the_install_command(installed) -> None:
     class Old:
         @hookimpl

@@ -64,6 +64,10 @@ class ChatFormat(Protocol):
     def stop_token_ids(self) -> TokenIds:
         """Ids that end a sampled turn."""
 
+    @property
+    def writes_tools(self) -> bool:
+        """Whether the tools of a request reach the prompt at all: many templates ignore them without a word."""
+
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
     ) -> TokenIds:

@@ -67,6 +67,11 @@ class KnownFormat:
         """Ids that end a turn in this format."""
         return self._parser.stop_token_ids
 
+    @property
+    def writes_tools(self) -> bool:
+        """Every hand-made format writes tools."""
+        return True
+
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
     ) -> TokenIds:

@@ -23,6 +23,9 @@ from gymlink.align.template import PROBE_TOOL, ChatTemplate, probe_call
 from gymlink.errors import AlignmentError
 from gymlink.types import FinishReason, Message, TokenIds, Tool
 
+MAX_PROOFS: Final = 1024
+"""Proofs that are kept: more than any run needs, unless template arguments differ from row to row."""
+
 _T = TypeVar("_T")
 _ASKED: Final[Message] = {"role": "user", "content": "question"}
 _CALLS, _TEXT_AND_CALLS, _ANY = "calls", "text and calls", ""
@@ -88,6 +91,11 @@ class TemplateFormat:
     def stop_token_ids(self) -> TokenIds:
         """The tokenizer's eos token and every marker that the template was seen to end a sampled turn with."""
         return tuple(self._stops)
+
+    @property
+    def writes_tools(self) -> bool:
+        """See `ChatFormat.writes_tools`."""
+        return self.report.writes_tools
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
@@ -235,6 +243,9 @@ class TemplateFormat:
             proof = self._prove(shape, template_args, after_call=False)
             if proof is None and shape.roles and shape.roles[0].startswith("tool"):
                 proof = self._prove(shape, template_args, after_call=True)
+            if len(self._proofs) >= MAX_PROOFS:  # template arguments that differ in every row
+                self._proofs.clear()
+                self._reasons.clear()
             self._proofs[shape] = proof
         return self._proofs[shape]
 

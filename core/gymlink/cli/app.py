@@ -23,6 +23,7 @@ app = typer.Typer(
 
 FOUND_WRONG = 1
 USED_WRONGLY = 2
+INTERRUPTED = 130
 
 
 def _print_version(wanted: bool) -> None:
@@ -83,11 +84,15 @@ def main() -> None:
     except GymlinkError as error:
         _complain(error)
         sys.exit(FOUND_WRONG)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:  # what typer makes of Ctrl-C
+            _complain("interrupted; everything that was started has been stopped")
+        raise
 
 
 def _leave(number: int, _: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _complain(error: GymlinkError) -> None:
+def _complain(error: GymlinkError | str) -> None:
     Console(stderr=True).print(f"gymlink: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -91,8 +91,17 @@ class PolicyService:
         record = rollout.record if rollout else self._record("tokenize")
         return self._plan(record, request, request.tools or []).prompt_ids
 
-    @staticmethod
-    def _plan(record: RolloutRecord, request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]]) -> PromptPlan:
+    def _plan(
+        self, record: RolloutRecord, request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]]
+    ) -> PromptPlan:
+        if tools and not self.chat_format.writes_tools:
+            raise WireError(
+                400,
+                "The request has tools, and this tokenizer's chat template shows none to the policy. Use a model whose "
+                "template writes tools, or an environment without them.",
+                kind="invalid_request_error",
+                param="tools",
+            )
         try:
             return record.plan(request.messages, tools, template_args=request.template_args)
         except AlignmentError as error:

@@ -124,7 +124,7 @@ def plan(
     kept = cache_folder() / "plans" / f"{hashlib.sha256(question.encode()).hexdigest()[:16]}.json"
     if (known := _read_kept(kept)) is not None:
         return known
-    answer = _ask(gym, config_paths, overrides, cwd=cwd, env=env, report=report)
+    answer = _ask(gym, config_paths, overrides, root=root, cwd=cwd, env=env, report=report)
     config = answer["config"]
     found = Plan(
         servers={name: (kind, folder) for name, kind, folder, _ in server_instances(config)},
@@ -187,6 +187,7 @@ def _ask(
     config_paths: Sequence[str],
     overrides: Sequence[str],
     *,
+    root: Path,
     cwd: Path,
     env: Mapping[str, str],
     report: Report,
@@ -206,7 +207,8 @@ def _ask(
     if status != 0:
         said, _, _ = last_lines(log, 200).partition("Found global config dict yaml:")
         lines = said.strip().splitlines()[-LAST_LINES:]
-        raise ConfigError("Gym refuses this configuration:\n" + "\n".join(lines))
+        # Gym looks into a private folder with links to the user's own: name that one.
+        raise ConfigError("Gym refuses this configuration:\n" + "\n".join(lines).replace(str(cwd), str(root)))
     found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return found
 

@@ -70,7 +70,30 @@ def parse_row(line: bytes, where: str, agents: Sequence[str] | None = None) -> d
         raise ConfigError(
             f"{where}: 'responses_create_params.input' is missing or empty; give a text or a list of messages."
         )
+    if isinstance(parameters["input"], list):
+        for index, item in enumerate(parameters["input"]):
+            if not isinstance(item, dict):
+                raise ConfigError(f"{where}: item {index} of the input must be an object, got {_kind(item)}.")
+    _check_metadata(parameters.get("metadata"), where)
     return _with_agent(row, where, agents)
+
+
+def _check_metadata(metadata: Any, where: str) -> None:
+    """The rollout's id travels in `metadata.extra_body`, beside what the row has there."""
+    if metadata is not None and not isinstance(metadata, dict):
+        raise ConfigError(f"{where}: 'responses_create_params.metadata' must be an object, got {_kind(metadata)}.")
+    extra_body = (metadata or {}).get("extra_body")
+    if extra_body is None:
+        return
+    try:
+        is_object = isinstance(extra_body, str) and isinstance(orjson.loads(extra_body), dict)
+    except orjson.JSONDecodeError:
+        is_object = False
+    if not is_object:
+        raise ConfigError(
+            f"{where}: 'responses_create_params.metadata.extra_body' must be a JSON object in a string, "
+            f"got {extra_body!r}."
+        )
 
 
 def _with_agent(row: dict[str, Any], where: str, agents: Sequence[str] | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from gymlink.config import AlignmentSettings, RolloutSettings
 from gymlink.errors import AlignmentError, ConfigError, GymRequestError, RolloutError
 from gymlink.gateway import ROLLOUT_FIELD, OpenRollout, PolicyService, new_rollout_id
 from gymlink.rollout.metrics import batch_metrics
-from gymlink.rollout.outcome import FAILED, Outcome, failed, scored
+from gymlink.rollout.outcome import FAILED_ATTEMPT, Outcome, failed, scored
 from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class _Past:
     def add(self, outcome: Outcome) -> None:
         self.sampled_tokens += outcome.sampled_tokens
         self.seconds_in_model += outcome.seconds_in_model
-        self.dropped.update({f"{FAILED}_attempt": outcome.sampled_tokens})
+        self.dropped.update({FAILED_ATTEMPT: outcome.sampled_tokens})
 
     def finish(
         self, request: RolloutRequest, rollout_id: str, outcome: Outcome, attempts: int, seconds: float

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from gymlink.types import Rollout, RolloutStatus
+from gymlink.align.segments import HISTORY_REWRITTEN, OTHER_BRANCH
+from gymlink.rollout.outcome import FAILED, FAILED_ATTEMPT
+from gymlink.types import ForkCause, Rollout, RolloutStatus
 
 PREFIX = "rollout/"
+
+BREAKDOWNS: Mapping[str, Sequence[str]] = {
+    "failed": ("timeout", "http", "connection", "answer", "engine", "context_overflow", "no_model_call", "alignment"),
+    "prefix_breaks": tuple(cause.value for cause in ForkCause),
+    "tokens_dropped": (FAILED, FAILED_ATTEMPT, OTHER_BRANCH, HISTORY_REWRITTEN, "undelivered"),
+}
+"""Parts that are told in every batch, 0 or not: trainers average a name over the batches in which it occurs, and parts
+that are left out when 0 would not add up to their sum."""
 
 
 def batch_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Means are over the rollouts that were scored; counts and tokens are over all, failed attempts included.
 
+    A sum such as `rollout/failed` comes with its parts, `rollout/failed/timeout` and so on.
     `rollout/tokens_sampled` is `rollout/tokens_trained` plus `rollout/tokens_dropped`. Times are in seconds.
     """
     scored = [rollout for rollout in rollouts if rollout.status is not RolloutStatus.FAILED]
@@ -40,9 +51,8 @@ def batch_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         figures["reward_mean"] = _mean(rollout.reward or 0.0 for rollout in scored)
         figures["turns_mean"] = _mean(len(rollout.turns) for rollout in scored)
         figures["segments_mean"] = _mean(len(rollout.segments) for rollout in scored)
-    figures |= {f"failed/{kind}": count for kind, count in failures.items()}
-    figures |= {f"prefix_breaks/{cause}": count for cause, count in breaks.items()}
-    figures |= {f"tokens_dropped/{reason}": count for reason, count in dropped.items()}
+    for name, parts in (("failed", failures), ("prefix_breaks", breaks), ("tokens_dropped", dropped)):
+        figures |= {f"{name}/{part}": parts[part] for part in (*BREAKDOWNS[name], *parts)}
     return {PREFIX + name: float(value) for name, value in figures.items()}
 
 

@@ -18,7 +18,9 @@ from gymlink.gateway import OpenRollout
 from gymlink.types import RolloutStatus, Segment, Turn
 
 FAILED = "failed"
-"""The reason under which the sampled tokens of a failed attempt are counted."""
+"""The reason under which the sampled tokens of a failed rollout's last attempt are counted."""
+FAILED_ATTEMPT = "failed_attempt"
+"""The reason for those of the attempts before the last."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,8 @@ class Recorder:
 
     def __init__(self, path: Path, *, detail: Detail = "full") -> None:
         self.path = path
+        self.run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+        """Tells the lines of one run from those of another in the same file."""
         self._detail = detail
 
     def write(self, rollout: Rollout, *, batch: int) -> None:
@@ -36,6 +40,7 @@ class Recorder:
     def _line(self, rollout: Rollout, batch: int) -> dict[str, Any]:
         agent = rollout.request.row.get("agent_ref", {}).get("name")
         line: dict[str, Any] = {
+            "run": self.run,
             "batch": batch,
             "index": rollout.request.index,
             "group": rollout.request.group,

@@ -30,6 +30,16 @@ def test_tokens_and_breaks_are_told_by_reason() -> None:
     assert metrics["rollout/prefix_breaks"] == metrics["rollout/prefix_breaks/edited"] == 1
 
 
+def test_the_parts_of_a_sum_are_always_told_and_add_up() -> None:
+    failed = rollout(RolloutStatus.FAILED, reward=None, failure="gym_sandbox", sampled_tokens=3, dropped={"failed": 3})
+    for rollouts in ([], [rollout(reward=1.0)], [failed, rollout(reward=0.0)]):
+        metrics = batch_metrics(rollouts)
+        for name in ("failed", "prefix_breaks", "tokens_dropped"):
+            parts = [value for key, value in metrics.items() if key.startswith(f"rollout/{name}/")]
+            assert len(parts) >= 5
+            assert sum(parts) == metrics[f"rollout/{name}"]
+
+
 def test_time_is_split_between_model_and_environment() -> None:
     metrics = batch_metrics([rollout(reward=0.0, seconds=3.0, seconds_in_model=1.0)])
     assert metrics["rollout/seconds_in_environment_mean"] == 2.0
