@@ -131,7 +131,13 @@ class KnownFormat:
         try:
             return self._parser.parse(prompt_ids, completion_ids, tools)
         except Exception:  # noqa: BLE001 - sampled ids may be anything; then the text itself is the message
-            return Parsed(self._tokenizer.decode(list(completion_ids), skip_special_tokens=True))
+            return Parsed(self._text_of(completion_ids))
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        try:
+            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        except (OverflowError, TypeError, ValueError, KeyError, IndexError):  # ids outside the vocabulary
+            return ""
 
     def _renderer(self, template_args: Mapping[str, Any]) -> _renderers.Renderer:
         lasting = {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.chat_template_utils import add_response_schema
 
-from gymlink.align import ChatFormat, load_format
+from gymlink.align import ChatFormat, Parsed, load_format
 from gymlink.align.template import PROBE_TOOL
 from gymlink.errors import AlignmentError, ConfigError
 
@@ -228,6 +228,18 @@ def test_reasoning_is_read_from_the_completion_and_from_what_the_prompt_opened(
         assert (cut.reasoning.strip(), cut.content) == ("a thou", "")
 
 
+def test_where_a_parser_fails_the_text_itself_is_the_message(make: Any) -> None:
+    class Broken:
+        def parse(self, *_: Any) -> Parsed:
+            raise RuntimeError("surprise")
+
+    tokenizer = make("qwen3")
+    chat = load_format(tokenizer)
+    chat._parser = Broken()
+    assert chat.parse([1], ids(tokenizer, "an answer"), [PROBE_TOOL]) == Parsed("an answer")
+    assert chat.parse([1], [-1, 2**40]) == Parsed("")
+
+
 def test_the_tokenizers_own_parser_is_used_where_it_carries_one(make: Any) -> None:
     tokenizer = add_response_schema(make("qwen2_5"))
     chat = load_format(tokenizer)
@@ -257,3 +269,8 @@ def test_nothing_sampled_makes_reading_fail(name: str, format_of: Any, tokenizer
     for call in parsed.tool_calls:
         assert call.name
         json.loads(call.arguments)
+
+
+def test_ids_outside_the_vocabulary_are_read_by_a_named_format_too(make: Any) -> None:
+    named = load_format(make("qwen3"), name="qwen3")
+    assert named.parse([1], [-1]).content == ""

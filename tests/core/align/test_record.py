@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gymlink.align import RolloutRecord, build_segments
-from gymlink.align.template import PROBE_TOOL
+from gymlink.align.template import PROBE_TOOL, probe_call
 from gymlink.types import ForkCause, Generation
 
 U1 = {"role": "user", "content": "question"}
@@ -154,6 +154,14 @@ def test_ids_of_another_conversation_are_not_used(agent: Agent) -> None:
     assert agent.record.plan([U1, matching, U2]).parent == 0  # the record wins over ids that contradict it
 
 
+def test_ids_that_contradict_the_record_reach_no_prompt(agent: Agent) -> None:
+    first = agent.say([U1], "an answer")
+    for ids in ([3, 4], ["1", "2"], first["generation_token_ids"][:-1]):
+        plan = agent.record.plan([U1, {**first, "prompt_token_ids": [5], "generation_token_ids": ids}, U2])
+        assert plan.parent == 0
+        assert "another question" in agent.added(plan)  # which starts with the ids that were sampled
+
+
 @pytest.mark.parametrize(
     "ids", [None, "abc", ["7", "x"], [None], {"a": 1}, 5, [], ["1", "2"], [10**30], [float("nan")]]
 )
@@ -253,6 +261,39 @@ def test_arguments_in_another_spelling_are_the_same_call(qwen: Agent) -> None:
         assert "<tool_response>\nfound\n</tool_response>" in qwen.added(plan)
 
 
+def test_other_template_arguments_are_a_fork(qwen: Agent) -> None:
+    messages = [U1, qwen.say([U1], "an answer"), U2]
+    plan = qwen.record.plan(messages, template_args={"enable_thinking": False})
+    assert (plan.parent, plan.cause) == (None, ForkCause.TOOLS_CHANGED)
+    assert plan.prompt_ids == qwen.fresh(messages, enable_thinking=False)
+
+
+def test_of_equal_answers_the_one_that_was_given_these_tools_is_continued(qwen: Agent) -> None:
+    for tools in ([PROBE_TOOL], []):
+        qwen.say([U1], "an answer", tools=tools)
+    for parent, tools in enumerate(([PROBE_TOOL], [])):
+        assert qwen.record.plan([U1, {"role": "assistant", "content": "an answer"}, U2], tools).parent == parent
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"content": "edited"}, {"tool_calls": [probe_call("c", "other")]}, {"reasoning_content": "other thoughts"}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_message_that_changed_since_the_last_call_is_read_anew(qwen: Agent, changed: Any) -> None:
+    message = {
+        "role": "assistant",
+        "content": "a look",
+        "reasoning_content": "a thought",
+        "tool_calls": [probe_call("c", "this")],
+    }
+    first = qwen.say([U1], "sampled", message=message, tools=[PROBE_TOOL])
+    result = {"role": "tool", "tool_call_id": "c", "content": "found"}
+    assert qwen.record.plan([U1, first, result], [PROBE_TOOL]).parent == 0
+    plan = qwen.record.plan([U1, {**first, **changed}, result], [PROBE_TOOL])
+    assert (plan.parent, plan.cause) == (None, ForkCause.EDITED)
+
+
 # -- reasoning in history -----------------------------------------------------------------------------------------
 
 
@@ -279,6 +320,16 @@ def test_reasoning_dropped_at_a_user_turn_is_a_fork_and_the_templates_own_render
     plan = agent.record.plan([U1, first, U2], [PROBE_TOOL])
     assert (plan.parent, plan.cause) == (None, ForkCause.REASONING_STRIPPED)
     assert plan.prompt_ids == agent.fresh([U1, first, U2], [PROBE_TOOL])
+    assert "a thought" not in agent.tokenizer.decode(plan.prompt_ids)
+
+
+def test_reasoning_of_any_turn_before_is_dropped(qwen: Agent) -> None:
+    agent = Agent(qwen.format, qwen.tokenizer, "drop")
+    history = [U1, thought(agent, [U1], [PROBE_TOOL]), {"role": "tool", "tool_call_id": "c", "content": "found"}]
+    history = [*history, agent.say(history, "no thought", tools=[PROBE_TOOL]), U2]
+    plan = agent.record.plan(history, [PROBE_TOOL])
+    assert [turn.parent for turn in agent.record.turns] == [None, 0]
+    assert (plan.parent, plan.cause) == (None, ForkCause.REASONING_STRIPPED)
     assert "a thought" not in agent.tokenizer.decode(plan.prompt_ids)
 
 

@@ -80,7 +80,7 @@ async def test_an_agent_that_drops_the_ids_is_still_exact(gateway) -> None:
 
 async def test_every_call_but_health_needs_the_secret(gateway) -> None:
     client = await gateway()
-    for path in ("/v1/chat/completions", "/tokenize"):
+    for path in ("/v1/chat/completions", "/tokenize", "/v1/tokenize"):
         status, body = await client.post(path, {"messages": [USER]}, secret="wrong")
         assert status == 401
         assert body["error"]["type"] == "authentication_error"

@@ -35,12 +35,12 @@ class FakeGym:
         finally:
             self.running -= 1
 
-    async def ask(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """One call of the policy, as Gym's model server makes it."""
+    async def ask(self, row: Mapping[str, Any], messages: list[dict[str, Any]], *, read: bool = True) -> dict[str, Any]:
+        """One call of the policy, as Gym's model server makes it; `read` is whether it waits for the answer."""
         extra = orjson.loads(row["responses_create_params"]["metadata"]["extra_body"])
 
         async def connected() -> bool:
-            return True
+            return read
 
         answer = await self.service.chat(parse_chat_request(orjson.dumps({"messages": messages, **extra})), connected)
         message: dict[str, Any] = answer["choices"][0]["message"]
@@ -116,7 +116,7 @@ async def test_concurrency_is_bounded(build) -> None:
 
 
 async def test_the_deadline_ends_a_rollout_that_hangs_and_frees_its_generation(build) -> None:
-    collector, gym = build(two_turns, latency_s=60, deadline_s=0.1, max_failed_fraction=1)
+    collector, gym = build(two_turns, latency_s=6, deadline_s=0.1, max_failed_fraction=1)
     started = time.perf_counter()
     batch = await collector.collect(requests(2))
     assert time.perf_counter() - started < 5
@@ -206,6 +206,45 @@ async def test_a_turn_cut_by_length_is_truncated_and_still_scored(build) -> None
     assert rollout.status is RolloutStatus.TRUNCATED
     assert rollout.reward == 1.0
     assert rollout.trained_tokens == 32
+
+
+async def test_all_attempts_share_one_deadline(build) -> None:
+    async def slow_failure(gym: FakeGym, row: Mapping[str, Any]) -> dict[str, object]:
+        await asyncio.sleep(0.15)
+        raise GymRequestError("once more", kind="connection")
+
+    collector, _ = build(slow_failure, attempts=20, deadline_s=0.2, max_failed_fraction=1)
+    (rollout,) = (await collector.collect(requests(1))).rollouts
+    assert rollout.failure == "timeout"
+    assert rollout.attempts < 5
+
+
+async def test_the_final_branch_is_the_one_whose_ids_the_final_response_carries(build) -> None:
+    sampled = iter([(7,), (8, 9)])
+
+    async def settles_for_the_first(gym: FakeGym, row: Mapping[str, Any]) -> dict[str, object]:
+        first = await gym.ask(row, row["responses_create_params"]["input"])
+        await gym.ask(row, [{"role": "user", "content": "a better answer?"}])
+        item = {"type": "message", "generation_token_ids": list(first["generation_token_ids"])}
+        return answer(1.0, response={"output": [item]})
+
+    collector, _ = build(settles_for_the_first, script=lambda _: next(sampled))
+    (rollout,) = (await collector.collect(requests(1))).rollouts
+    assert [segment.response_ids for segment in rollout.segments] == [(8, 9), (7,)]
+
+
+async def test_an_answer_that_nobody_read_is_dropped_and_counted(build) -> None:
+    async def asks_again(gym: FakeGym, row: Mapping[str, Any]) -> dict[str, object]:
+        messages = row["responses_create_params"]["input"]
+        with pytest.raises(WireError, match="closed the connection"):
+            await gym.ask(row, messages, read=False)
+        await gym.ask(row, messages)
+        return answer(1.0)
+
+    collector, _ = build(asks_again)
+    (rollout,) = (await collector.collect(requests(1))).rollouts
+    assert (rollout.sampled_tokens, rollout.trained_tokens) == (6, 3)
+    assert rollout.dropped == {"undelivered": 3}
 
 
 async def test_too_many_failures_stop_the_run_and_say_why(build) -> None:

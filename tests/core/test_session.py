@@ -1,0 +1,82 @@
+"""A session whose Gym is a stand-in that calls the real policy service; real Gym is in tests/e2e."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from gymlink import session as module
+from gymlink.config import parse_settings
+from gymlink.engines import ScriptedEngine
+from gymlink.errors import RolloutError
+from gymlink.gateway.wire import parse_chat_request
+from gymlink.gym import GymServers
+from gymlink.rollout import outcome
+from gymlink.session import Session
+from gymlink.types import Rollout, RolloutRequest, Sampling
+
+ROW = {"responses_create_params": {"input": [{"role": "user", "content": "hi"}]}, "agent_ref": {"name": "agent"}}
+REQUESTS = [RolloutRequest(ROW, index) for index in range(2)]
+
+
+class RunningGym(GymServers):
+    """Always well."""
+
+    def check(self) -> None: ...
+
+
+@pytest.fixture
+def session(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    class Client:
+        """One call of the policy for each row."""
+
+        def __init__(self, gym: GymServers, *, connections: int) -> None: ...
+
+        async def run(self, agent: str, row: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any]:
+            params = row["responses_create_params"]
+            body = {"messages": params["input"], **orjson.loads(params["metadata"]["extra_body"])}
+
+            async def connected() -> bool:
+                return True
+
+            await made.service.chat(parse_chat_request(orjson.dumps(body)), connected)
+            return {"reward": 1.0, "response": {"output": []}}
+
+        async def close(self) -> None: ...
+
+    monkeypatch.setattr(module, "GymClient", Client)
+    monkeypatch.setattr(module, "start_gym", lambda *_, **__: RunningGym("http://127.0.0.1:1", {}, {}))
+    made = Session(
+        parse_settings({"gym": {"config_paths": ["none.yaml"]}}),
+        tokenizer=tokenizer,
+        engine=ScriptedEngine(lambda _: (7, 8, 9)),
+        sampling=Sampling(max_tokens=8),
+        run_dir=tmp_path,
+    )
+    with made:
+        yield made
+
+
+def test_what_the_engine_sampled_is_what_the_rollouts_tell(session: Session) -> None:
+    for _ in range(2):
+        batch = session.collect(REQUESTS)
+        assert [rollout.trained_tokens for rollout in batch.rollouts] == [3, 3]
+    assert session.service.totals.attributed_tokens == 12
+
+
+def test_tokens_that_no_rollout_tells_of_stop_the_run(session: Session) -> None:
+    def lost(rollout: Rollout) -> None:
+        session.service.totals.sampled_tokens += 1
+
+    with pytest.raises(RolloutError, match=r"sampled 8 tokens for this batch; its rollouts tell of 6, and 6 are"):
+        session.collect(REQUESTS, on_rollout=lost)
+
+
+def test_tokens_that_are_neither_trained_nor_counted_as_dropped_stop_the_run(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome, "build_segments", lambda *_, **__: ((), {}))
+    with pytest.raises(RolloutError, match=r"sampled 6 tokens for this batch; its rollouts tell of 6, and 0 are"):
+        session.collect(REQUESTS)
