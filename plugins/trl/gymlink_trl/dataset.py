@@ -108,17 +108,29 @@ def _digest(line: bytes) -> str:
 
 def _prompt(row: Mapping[str, Any], *, reference: str) -> list[dict[str, str]]:
     given = row["responses_create_params"]["input"]
-    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    messages = [_message(item) for item in items] or [{"role": "user", "content": ""}]
-    messages[0][ROW_KEY] = reference
-    return messages
+    prompt = messages([given] if isinstance(given, str) else given) or [{"role": "user", "content": ""}]
+    prompt[0][ROW_KEY] = reference
+    return prompt
 
 
-def _message(item: Mapping[str, Any]) -> dict[str, str]:
-    """A Responses item as a message that a person can read."""
+def messages(items: Sequence[Any]) -> list[dict[str, str]]:
+    """Responses items as messages that a person can read."""
+    return [_message(item) for item in items]
+
+
+def _message(item: Any) -> dict[str, str]:
+    """A Responses item as a message that a person can read, whatever it holds: Gym judges it, not this."""
+    if not isinstance(item, Mapping):
+        return {"role": "user", "content": item if isinstance(item, str) else orjson.dumps(item).decode()}
     content = item.get("content")
     if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
+        content = "".join(_text(part) for part in content)
     if not isinstance(content, str):
         content = orjson.dumps(item).decode()
     return {"role": str(item.get("role") or item.get("type") or "user"), "content": content}
+
+
+def _text(part: Any) -> str:
+    """The text of a content part; other kinds (an image, say) and parts without one are left out."""
+    text = part.get("text") if isinstance(part, Mapping) else part
+    return text if isinstance(text, str) else ""

@@ -6,9 +6,7 @@ Everything is real but the model's size. The settings are those under which the 
 
 from __future__ import annotations
 
-import os
 import time
-import warnings
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from gymlink.config import parse_settings
 from gymlink.demo import DemoRequest, DemoResult
 from gymlink_trl.dataset import gym_dataset
+from gymlink_trl.quiet import quiet_trainer
 from gymlink_trl.rollout import GymRollout, gym_reward
 from gymlink_trl.support import freeze_garbage
 from gymlink_trl.tiny import make_model, make_tokenizer
@@ -38,9 +37,7 @@ def run(request: DemoRequest) -> DemoResult:
     Raises:
         GymlinkError: Gym did not start, or too many rollouts failed.
     """
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    # TRL 1.16 calls these by the names that transformers 5.23 calls old.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* deprecated", category=FutureWarning)
+    quiet_trainer()
     from trl import GRPOConfig, GRPOTrainer
 
     steps = request.steps or STEPS

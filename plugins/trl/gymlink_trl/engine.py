@@ -184,6 +184,9 @@ class _Period:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # First refuse further calls here: the manager would warn of each, and an interrupt leaves many open.
+        with self._lock:
+            self._over = self._reason()
         self._manager.stop(block=True, hard_stop=True)
         self._delivery.join()
 

@@ -16,7 +16,7 @@ def gymlink_frameworks() -> Sequence[Framework]:
             versions=">=1.10,<1.17",
             extra="trl",
             summary="TRL's GRPOTrainer, sampling from the trainer's own live model",
-            train="gymlink_trl.train:train",
+            train="gymlink_trl.launch:train",
             demo="gymlink_trl.demo:run",
         )
     ]

@@ -7,7 +7,6 @@ the row handed to TRL, or counted under the reason why not.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,27 +14,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from datasets import Dataset
+from rich.console import Console
 from transformers import TrainerCallback
 
 from gymlink.config import Settings, load_settings
 from gymlink.errors import RolloutError
 from gymlink.gym import check_rows
+from gymlink.report import Reporter
 from gymlink.session import Session
 from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling
 from gymlink_trl.dataset import load_rows, row_files, row_reference
 from gymlink_trl.engine import LiveModelEngine
 from gymlink_trl.logprobs import SampledRow, max_logprob_error
+from gymlink_trl.quiet import FailuresAreTold
 from gymlink_trl.support import batching_model, check_trainer, peers_of, sampling_of
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-logger = logging.getLogger(__name__)
-
 Check = Literal["off", "first", "all"]
 
 OVER_LENGTH = "max_completion_length"
 """The reason under which sampled tokens beyond the trainer's `max_completion_length` are counted."""
+
+DETAIL_LENGTH = 300
+"""Characters of a failure's detail that are told."""
 
 
 @dataclass(slots=True)
@@ -91,7 +95,8 @@ class GymRollout:
     Args:
         settings: a `gym.yaml`, or what `gymlink.config.load_settings` made of it.
         run_dir: for `rollouts.jsonl` and Gym's logs; `gym` in the trainer's output folder when not given.
-        report: told in a few words what is being waited for.
+        report: told in a few words what is being waited for, and which rollouts of a batch failed; standard error
+            when not given.
         check_logprobs: compare the sampled logprobs with a plain forward pass after the first collection, after all,
             or never; the largest difference is in `max_logprob_error` and in the trainer's log.
         max_turn_tokens: how many tokens the policy may sample in one call; the trainer's `max_completion_length`,
@@ -104,7 +109,7 @@ class GymRollout:
         settings: Settings | str | Path,
         *,
         run_dir: str | Path | None = None,
-        report: Callable[[str], None] = logger.info,
+        report: Callable[[str], None] | None = None,
         check_logprobs: Check = "first",
         max_turn_tokens: int | None = None,
         max_context: int | None = None,
@@ -115,7 +120,9 @@ class GymRollout:
         self.max_logprob_error: float | None = None
         self.gym_version: str | None = None
         self._run_dir = Path(run_dir) if run_dir is not None else None
+        self._console = Console(stderr=True)
         self._report = report
+        self._failures = FailuresAreTold()
         self._check = check_logprobs
         self._max_turn_tokens = max_turn_tokens
         self._max_context = max_context
@@ -145,8 +152,14 @@ class GymRollout:
             self.close()
             raise
 
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """The agents that run, by name; none before Gym has started and after it has stopped."""
+        return self._running.session.agents if self._running is not None else ()
+
     def close(self) -> None:
         """Stop Gym, when this started it. A later collection starts it anew."""
+        self._failures.remove()
         running, self._running = self._running, None
         if running is not None:
             running.session.stop()
@@ -161,9 +174,7 @@ class GymRollout:
         totals = self.training if trainer.model.training else self.evaluation
         files = row_files(prompts)
         running = self._run(trainer)
-        for file in files - running.checked_files:
-            check_rows(file, running.session.agents)
-        running.checked_files |= files
+        running.check(files)
         rows_asked = load_rows(prompts, running.session.agents)
         requests = [
             RolloutRequest(row=row, index=index, group=f"{trainer.state.global_step}:{row_reference(prompt)}")
@@ -172,6 +183,8 @@ class GymRollout:
         sampling = sampling_of(trainer, self._max_turn_tokens)
         with running.engine.sampling(sampling):
             batch = running.session.collect(requests, sampling=sampling)
+        if failures := describe_failures(batch.rollouts):
+            self._tell(failures)
         rows = [training_row(rollout, running.eos, trainer.max_completion_length) for rollout in batch.rollouts]
         counts = Totals()
         for rollout, (row, cut) in zip(batch.rollouts, rows, strict=True):
@@ -187,6 +200,7 @@ class GymRollout:
             return self._running
         self.close()
         check_trainer(trainer)
+        files = dataset_files(trainer)
         engine = LiveModelEngine(
             batching_model(trainer),
             max_context=self._max_context,
@@ -197,23 +211,36 @@ class GymRollout:
         session = self._open_session(trainer, engine)
         eos = trainer.processing_class.eos_token_id
         self._running = _Running(session, engine, weakref.ref(trainer), eos, unchecked=self._check != "off")
+        self._running.check(files)
+        self._failures.install()
         if not any(isinstance(one, _CloseAtEnd) and one.rollout is self for one in trainer.callback_handler.callbacks):
             trainer.add_callback(_CloseAtEnd(self))
         return self._running
 
     def _open_session(self, trainer: GRPOTrainer, engine: LiveModelEngine) -> Collects:
+        waiting = Reporter(self._console)
         session = Session(
             self.settings,
             tokenizer=trainer.processing_class,
             engine=engine,
             sampling=sampling_of(trainer, self._max_turn_tokens),
             run_dir=self._run_dir or Path(trainer.args.output_dir) / "gym",
-            report=self._report,
+            report=self._report or waiting,
             peers=peers_of(trainer),
         )
-        session.start()
+        try:
+            session.start()
+        finally:
+            waiting.done()
         self.gym_version = session.gym_version
         return session
+
+    def _tell(self, text: str) -> None:
+        """Say something that stays on the terminal."""
+        if self._report is not None:
+            self._report(text)
+        else:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _logprob_metrics(
         self, running: _Running, rows: Sequence[SampledRow], sampling: Sampling
@@ -242,6 +269,25 @@ def gym_reward(
         log_metric(name, value)
     log_extra("gym_status", list(gym_status))
     return list(gym_reward)
+
+
+def dataset_files(trainer: GRPOTrainer) -> set[str]:
+    """The files that the rows of the trainer's datasets are in; those of a stream are known only as it comes."""
+    given = trainer.eval_dataset
+    datasets = [trainer.train_dataset, *(given.values() if isinstance(given, Mapping) else [given])]
+    return {file for one in datasets if isinstance(one, Dataset) for file in row_files(one["prompt"])}
+
+
+def describe_failures(rollouts: Sequence[Rollout]) -> str | None:
+    """One line about the rollouts that failed: how many, of which kinds, and what became of the first."""
+    failed = [rollout for rollout in rollouts if rollout.status is RolloutStatus.FAILED]
+    if not failed:
+        return None
+    kinds = ", ".join(f"{kind}: {count}" for kind, count in Counter(one.failure for one in failed).most_common())
+    detail = " ".join((failed[0].detail or "no more is known").split())
+    if len(detail) > DETAIL_LENGTH:
+        detail = f"{detail[: DETAIL_LENGTH - 1]}…"
+    return f"{len(failed)} of {len(rollouts)} rollouts failed ({kinds}); the first: {detail}"
 
 
 def one_row_per_prompt(settings: Settings) -> Settings:
@@ -288,9 +334,11 @@ def _columns(rollouts: Sequence[Rollout], rows: Sequence[SampledRow], metrics: M
 
 def _token_metrics(counts: Totals) -> dict[str, float]:
     """The figures that cutting at `max_completion_length` changes."""
-    figures = {"tokens_trained": counts.tokens_trained, "tokens_dropped": counts.tokens_dropped}
-    if counts.dropped[OVER_LENGTH]:
-        figures[f"tokens_dropped/{OVER_LENGTH}"] = counts.dropped[OVER_LENGTH]
+    figures = {
+        "tokens_trained": counts.tokens_trained,
+        "tokens_dropped": counts.tokens_dropped,
+        f"tokens_dropped/{OVER_LENGTH}": counts.dropped[OVER_LENGTH],
+    }
     return {f"rollout/{name}": float(value) for name, value in figures.items()}
 
 
@@ -311,6 +359,12 @@ class _Running:
     eos: int
     unchecked: bool
     checked_files: set[str] = field(default_factory=set)
+
+    def check(self, files: set[str]) -> None:
+        """Check that the agents of these files' rows run, once for each file."""
+        for file in sorted(files - self.checked_files):
+            check_rows(file, self.session.agents)
+            self.checked_files.add(file)
 
 
 class _CloseAtEnd(TrainerCallback):

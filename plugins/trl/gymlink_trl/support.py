@@ -6,13 +6,13 @@ Only public attributes of TRL, transformers and accelerate are used; `tests/plug
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType, gather_object
 from transformers import PreTrainedModel, ProcessorMixin
 
-from gymlink.errors import PluginError
+from gymlink.errors import ConfigError, PluginError
 from gymlink.session import Peers
 from gymlink.types import Sampling
 
@@ -42,13 +42,32 @@ def check_arguments(args: GRPOConfig) -> None:
     )
 
 
+def check_row_count(rows: int, args: GRPOConfig) -> None:
+    """TRL's sampler leaves an incomplete batch out: with too few rows it trains no step, and says nothing.
+
+    Raises:
+        ConfigError: fewer `rows` than one batch of rollouts takes different prompts.
+    """
+    prompts = args.generation_batch_size // args.num_generations
+    if rows < prompts:
+        raise ConfigError(
+            f"The training data has {rows} rows, and one batch of rollouts takes {prompts} different ones "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}): TRL would "
+            "train no step. Add rows, raise num_generations, or lower generation_batch_size: "
+            "per_device_train_batch_size, steps_per_generation (gradient_accumulation_steps by default), or the "
+            "number of processes."
+        )
+
+
 def check_trainer(trainer: GRPOTrainer) -> None:
     """One clear error for a trainer that cannot work, before Gym starts.
 
     Raises:
-        PluginError: as `check_arguments`.
+        PluginError: as `check_arguments`. ConfigError: as `check_row_count`.
     """
     check_arguments(trainer.args)
+    if isinstance(trainer.train_dataset, Sized):
+        check_row_count(len(trainer.train_dataset), trainer.args)
     distributed = DistributedType(trainer.accelerator.distributed_type)
     deepspeed = trainer.accelerator.state.deepspeed_plugin
     spread = "its weights are spread over the processes, and each samples from all of them"

@@ -1,4 +1,4 @@
-"""`gymlink train trl`: one run file, every field of TRL's GRPOConfig and ModelConfig, rollouts from NeMo Gym.
+"""`gymlink train trl`, once `gymlink_trl.launch` has checked the files: any field of TRL's GRPOConfig and ModelConfig.
 
 The run file is read by TRL's own parser; fields can be overridden on the command line as TRL has it. Everything that
 can be wrong with the file, its settings, its rows and the model's chat format is found before anything is started or
@@ -8,13 +8,12 @@ written.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_args
+from typing import NoReturn, cast, get_args
 
-import yaml
 from datasets import Dataset
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -23,14 +22,12 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 from gymlink.align import Tokenizer, load_format
 from gymlink.config import Settings, load_settings
 from gymlink.errors import ConfigError
+from gymlink.report import Reporter
 from gymlink_trl.dataset import gym_dataset
+from gymlink_trl.launch import read_run_file, resolve_paths
+from gymlink_trl.quiet import quiet_trainer
 from gymlink_trl.rollout import Check, GymRollout, gym_reward
-from gymlink_trl.support import check_arguments, freeze_garbage
-
-PATHS = ("gym_config", "train_file", "eval_file", "output_dir")
-"""Fields that are paths: in a run file, relative to its own folder."""
-PERHAPS_PATHS = ("model_name_or_path", "resume_from_checkpoint", "deepspeed")
-"""Fields that may be a path: relative to the run file's folder when it is there."""
+from gymlink_trl.support import check_arguments, check_row_count, freeze_garbage
 
 
 @dataclass
@@ -73,21 +70,23 @@ def train(config: Path, arguments: Sequence[str]) -> None:
         PluginError: a setting of the trainer cannot work with gymlink.
         GymlinkError: Gym did not start, or too many rollouts failed.
     """
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    quiet_trainer()
     run = prepare(config, arguments)
     console = Console(stderr=True, quiet=run.training.process_index != 0)
+    reporter = Reporter(console)
     with GymRollout(
-        run.settings,
-        report=lambda text: console.print(text, highlight=False),
-        check_logprobs=run.gym.check_logprobs,
-        max_turn_tokens=run.gym.max_turn_tokens,
+        run.settings, check_logprobs=run.gym.check_logprobs, max_turn_tokens=run.gym.max_turn_tokens
     ) as rollout:
-        trainer = make_trainer(run, rollout)
+        reporter(f"loading {run.model.model_name_or_path}")
+        try:
+            trainer = make_trainer(run, rollout)
+        finally:
+            reporter.done()
         rollout.prepare(trainer)
         freeze_garbage()
         trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint)
         trainer.save_model(run.training.output_dir)
-        console.print(f"Model saved to {run.training.output_dir}", highlight=False)
+        console.print(f"Model saved to {run.training.output_dir}", highlight=False, markup=False, soft_wrap=True)
         if run.training.push_to_hub:
             trainer.push_to_hub()
         if hasattr(trainer, "end"):  # transformers 5.18 and later: close trackers and the process group
@@ -106,10 +105,9 @@ def prepare(config: Path, arguments: Sequence[str]) -> Run:
         )
     if gym.eval_file is not None and training.eval_strategy == "no":
         raise ConfigError(f"eval_file is {gym.eval_file!r}, and nothing evaluates: set eval_strategy and eval_steps.")
-    if model.model_name_or_path is None:
-        raise ConfigError("The key 'model_name_or_path' is missing: a model's name or folder.")
     settings = load_settings(gym.gym_config)
     train_rows = gym_dataset(gym.train_file)
+    check_row_count(len(train_rows), training)
     eval_rows = gym_dataset(gym.eval_file) if gym.eval_file is not None else None
     tokenizer = _load_tokenizer(model, training)
     load_format(cast("Tokenizer", tokenizer), name=settings.alignment.format)
@@ -122,12 +120,12 @@ def parse(config: Path, arguments: Sequence[str]) -> tuple[GymArguments, GRPOCon
     Raises:
         ConfigError: not a YAML mapping, an unknown key (with the nearest known one), or a value that cannot work.
     """
-    values = _read(config)
+    values = read_run_file(config)
     for name, value in (values.pop("env", None) or {}).items():
         os.environ[name] = str(value)
     _refuse_unknown(values, where=str(config))
     parser = _Parser(ARGUMENTS, prog="gymlink train trl")
-    parser.set_defaults_with_config(**_resolved(values, config.resolve().parent))
+    parser.set_defaults_with_config(**resolve_paths(values, config.resolve().parent))
     try:
         gym, training, model, rest = parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
     except (ValueError, ImportError) as error:
@@ -165,18 +163,6 @@ class _Parser(TrlParser):  # type: ignore[misc]
         raise ConfigError(f"{message[:1].upper()}{message[1:]}.")
 
 
-def _read(config: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Cannot read the run file {str(config)!r}: {error.strerror or error}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{config} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{config}: expected a mapping with the key 'gym_config', got {type(values).__name__}.")
-    return values
-
-
 def _refuse_unknown(keys: Iterable[str], *, where: str) -> None:
     known = [one.name for arguments in ARGUMENTS for one in fields(arguments) if one.init]
     for key in keys:
@@ -184,16 +170,6 @@ def _refuse_unknown(keys: Iterable[str], *, where: str) -> None:
             nearest = get_close_matches(str(key), known, n=1, cutoff=0.6)
             hint = f"did you mean {nearest[0]!r}?" if nearest else "see trl.GRPOConfig and trl.ModelConfig for all"
             raise ConfigError(f"{where}: unknown key {key!r} ({hint})")
-
-
-def _resolved(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    def resolve(name: str, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        path = folder / Path(value).expanduser()
-        return str(path) if name in PATHS or (name in PERHAPS_PATHS and path.exists()) else value
-
-    return {name: resolve(name, value) for name, value in values.items()}
 
 
 def _load_tokenizer(model: ModelConfig, training: GRPOConfig) -> PreTrainedTokenizerBase:

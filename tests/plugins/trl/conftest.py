@@ -60,6 +60,7 @@ class KeypadSession:
     ) -> None:
         self.settings, self.tokenizer, self.engine = settings, tokenizer, engine
         self.peers = peers
+        self.report = report
         self.agents = ("keypad_agent",)
         self.gym_version = "none"
         self.running = False
@@ -67,6 +68,7 @@ class KeypadSession:
         KeypadSession.opened.append(self)
 
     def start(self) -> None:
+        self.report("starting the keypad")
         self.running = True
 
     def stop(self) -> None:

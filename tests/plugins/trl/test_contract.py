@@ -24,6 +24,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 import gymlink_trl
 from gymlink.plugins import find_framework, load_plugins, resolve
 from gymlink_trl import GymRollout, gym_reward
+from gymlink_trl.quiet import NO_REWARD, TRL_LOGGER
 
 PACKAGE = Path(gymlink_trl.__file__).parent
 
@@ -45,6 +46,8 @@ CONFIG_FIELDS = {
     "transformers_continuous_batching_config",
     "seed",
     "output_dir",
+    "generation_batch_size",
+    "num_generations",
 }
 BATCHING_FIELDS = {
     "return_logprobs",
@@ -89,6 +92,12 @@ def test_what_reward_functions_are_given() -> None:
     for name in inspect.signature(gym_reward).parameters:
         assert name == "_" or name.startswith("gym_") or f'reward_kwargs["{name}"]' in source
     assert 'extra_fields.pop("env_mask"' in source
+
+
+def test_a_row_without_a_reward_is_said_where_it_is_silenced() -> None:
+    module = sys.modules[trl.GRPOTrainer.__module__]
+    assert module.logger.name == TRL_LOGGER
+    assert f'logger.warning(\n                f"{NO_REWARD}' in inspect.getsource(module)
 
 
 def test_the_rollout_function_is_called_with_prompts_and_trainer() -> None:

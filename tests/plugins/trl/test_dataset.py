@@ -13,7 +13,7 @@ from datasets import concatenate_datasets, load_from_disk
 from trl.data_utils import is_conversational
 
 from gymlink.errors import ConfigError
-from gymlink_trl.dataset import ROW_KEY, gym_dataset, load_rows, row_reference
+from gymlink_trl.dataset import ROW_KEY, gym_dataset, load_rows, messages, row_reference
 
 
 def row(given: Any, agent: str = "one") -> dict[str, Any]:
@@ -39,6 +39,20 @@ def test_the_prompt_is_for_people_and_leads_back_to_the_row(tmp_path: Path) -> N
     ]
     assert all(is_conversational(one) for one in dataset)
     assert load_rows(list(dataset["prompt"])) == rows
+
+
+def test_whatever_an_input_holds_it_can_be_read(tmp_path: Path) -> None:
+    odd = [
+        [{"role": "user", "content": [{"type": "input_text", "text": None}, {"text": "seen"}, "plain", 3]}],
+        [{"role": "user", "content": None}],
+    ]
+    dataset = gym_dataset(write(tmp_path / "rows.jsonl", *map(row, odd)))
+    assert [prompt[0]["content"] for prompt in dataset["prompt"]] == ["seenplain", '{"role":"user","content":null}']
+    assert [message["content"] for message in messages([3, "text", {"role": "user", "content": "x"}])] == [
+        "3",
+        "text",
+        "x",
+    ]
 
 
 def test_the_reference_survives_what_datasets_and_the_trainer_do(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -300,6 +301,42 @@ def test_a_period_that_ends_ends_the_calls_in_flight(
     thread.join(10)
     assert not thread.is_alive()
     assert len(caught) == 1
+
+
+def test_calls_that_come_as_a_collection_ends_are_refused_without_a_word(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An interrupt leaves many rollouts open, and each of them asks once more."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        go_on.wait(10)
+
+    async def ask_until_refused() -> list[BaseException | Generation]:
+        asked: list[asyncio.Task[Generation]] = []
+        while not (asked and asked[-1].done()):
+            call = engine.generate(prompt(tokenizer), EIGHT, stop_token_ids=[], request_id="late")
+            asked.append(asyncio.create_task(call))
+            await asyncio.sleep(0.01)
+        go_on.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    ended: list[BaseException | Generation] = []
+    engine = LiveModelEngine(model)
+    thread = threading.Thread(target=lambda: ended.extend(asyncio.run(ask_until_refused())))
+    batching_logger = logging.getLogger("ContinuousBatchingLogger")
+    batching_logger.addHandler(caplog.handler)
+    try:
+        with forward_that(model, wait), engine.sampling(EIGHT):
+            thread.start()
+            assert entered.wait(10)
+        thread.join(10)
+    finally:
+        batching_logger.removeHandler(caplog.handler)
+    assert not thread.is_alive()
+    assert isinstance(ended[-1], EngineError)
+    assert caplog.messages == []
 
 
 def test_cancelling_a_call_cancels_the_generation(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from gymlink.config import parse_settings
+from gymlink.errors import ConfigError
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Segment
 from gymlink_trl import GymRollout, gym_dataset, gym_reward
-from gymlink_trl.rollout import OVER_LENGTH, training_row
+from gymlink_trl.quiet import NO_REWARD, TRL_LOGGER
+from gymlink_trl.rollout import DETAIL_LENGTH, OVER_LENGTH, describe_failures, training_row
 
 SETTINGS = {"gym": {"config_paths": ["keypad.yaml"]}}
 
@@ -126,8 +130,6 @@ def test_a_failed_rollout_moves_nothing(
 
 def mixed(monkeypatch: Any, rewards: list[float | None]) -> None:
     """Gives the rollouts of a batch these rewards; None fails one."""
-    from dataclasses import replace
-
     from gymlink.types import RolloutBatch
     from gymlink_trl import rollout as module
 
@@ -144,6 +146,75 @@ def mixed(monkeypatch: Any, rewards: list[float | None]) -> None:
         return RolloutBatch(scored, batch.metrics)
 
     monkeypatch.setattr(session, "collect", collect)
+
+
+def test_a_failure_is_told_in_one_line_and_not_by_the_trainer(
+    make_trainer: Callable[..., Watched],
+    rows_file: Callable[..., Path],
+    sessions: list[Any],
+    monkeypatch: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    said: list[str] = []
+    trainer = make_trainer(GymRollout(parse_settings(SETTINGS), report=said.append), rows_file("well"), max_steps=1)
+    mixed(monkeypatch, [0.25, None, 1.0, 0.5])
+    trl_logger = logging.getLogger(TRL_LOGGER)
+    trl_logger.addHandler(caplog.handler)
+    try:
+        trainer.train()
+        assert NO_REWARD not in caplog.text
+        assert trl_logger.filters == []
+        trl_logger.warning("%s for the following kwargs: {'gym_status': 'failed'}", NO_REWARD)
+        assert NO_REWARD in caplog.text
+    finally:
+        trl_logger.removeHandler(caplog.handler)
+    assert said[1:] == ["1 of 4 rollouts failed (http: 1); the first: as told"]
+
+
+def test_failures_are_counted_by_kind_and_the_first_is_shortened() -> None:
+    failed = replace(rollout_of(status=RolloutStatus.FAILED), reward=None, failure="http", detail="a\n " + "b" * 400)
+    late = replace(failed, failure="timeout", detail="late")
+    told = describe_failures([rollout_of(), failed, late, failed])
+    assert told is not None
+    head, _, detail = told.partition("the first: ")
+    assert head == "3 of 4 rollouts failed (http: 2, timeout: 1); "
+    assert detail.startswith("a bbb")
+    assert len(detail) == DETAIL_LENGTH
+    assert describe_failures([rollout_of()]) is None
+
+
+@pytest.mark.parametrize("wrong", ["train.jsonl", "eval.jsonl"])
+def test_an_agent_that_does_not_run_is_told_before_training(
+    make_trainer: Callable[..., Watched], rows_file: Callable[..., Path], sessions: list[Any], wrong: str
+) -> None:
+    train, evaluate = rows_file("well", "well"), rows_file("well", "well", name="eval.jsonl")
+    path = train.with_name(wrong)
+    path.write_text(path.read_text().replace("keypad_agent", "keypads_agent", 1))
+    rollout = GymRollout(parse_settings(SETTINGS))
+    trainer = make_trainer(rollout, train, evaluate, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ConfigError, match=rf"{wrong}:1: no agent 'keypads_agent' runs.*keypad_agent"):
+        rollout.prepare(trainer)
+    assert [(session.running, session.batches) for session in sessions] == [(False, [])]
+    assert rollout.agents == ()
+
+
+def test_the_agents_that_run_are_known(make_trainer: Callable[..., Watched], rows_file: Callable[..., Path]) -> None:
+    with GymRollout(parse_settings(SETTINGS)) as rollout:
+        rollout.prepare(make_trainer(rollout, rows_file("well")))
+        assert rollout.agents == ("keypad_agent",)
+
+
+def test_what_is_waited_for_is_said_on_standard_error_unless_a_report_is_given(
+    make_trainer: Callable[..., Watched], rows_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with GymRollout(parse_settings(SETTINGS)) as rollout:
+        rollout.prepare(make_trainer(rollout, rows_file("well")))
+    assert "starting the keypad" in capsys.readouterr().err
+    said: list[str] = []
+    with GymRollout(parse_settings(SETTINGS), report=said.append) as rollout:
+        rollout.prepare(make_trainer(rollout, rows_file("well")))
+    assert said == ["starting the keypad"]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_batch_of_failures_leaves_the_weights_alone(

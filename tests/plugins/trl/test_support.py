@@ -9,7 +9,7 @@ import pytest
 from accelerate.utils import DistributedType
 from trl import GRPOConfig
 
-from gymlink.errors import PluginError
+from gymlink.errors import ConfigError, PluginError
 from gymlink_trl.support import check_trainer, sampling_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -26,6 +26,7 @@ def trainer(tmp_path: Any, **changes: Any) -> Any:
         "args": args,
         "accelerator": accelerator,
         "processing_class": None,
+        "train_dataset": range(8),
         "tools": [],
         "temperature": 1.0,
         "top_p": 1.0,
@@ -66,6 +67,25 @@ def test_refused(tmp_path: Any, changes: dict[str, Any], says: str) -> None:
 )
 def test_accepted(tmp_path: Any, changes: dict[str, Any]) -> None:
     check_trainer(trainer(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_fewer_rows_than_a_batch_takes_are_refused(tmp_path: Any, rows: int) -> None:
+    """TRL would train no step, and say nothing."""
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=4,
+        steps_per_generation=2,
+        num_generations=2,
+    )
+    asked = trainer(tmp_path, args=args, train_dataset=range(rows))
+    if rows == 4:
+        check_trainer(asked)
+        return
+    with pytest.raises(ConfigError, match=r"3 rows.* 4 different.*num_generations"):
+        check_trainer(asked)
 
 
 @pytest.mark.parametrize(("completion", "turn", "limit"), [(64, None, 64), (64, 8, 8), (8, 64, 8), (None, None, None)])

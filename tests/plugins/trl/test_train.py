@@ -15,8 +15,9 @@ import yaml
 
 from gymlink.demo import environments_root
 from gymlink.errors import ConfigError, PluginError
+from gymlink_trl.launch import check_files, train
 from gymlink_trl.tiny import save_tiny
-from gymlink_trl.train import parse, prepare, train
+from gymlink_trl.train import parse, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -83,7 +84,13 @@ def test_paths_are_relative_to_the_run_file(run_file: Callable[..., Path], tmp_p
         ({"gym_config": "nowhere.yaml"}, [], r"nowhere\.yaml.*No such file"),
         ({"train_file": "nowhere.jsonl"}, [], r"nowhere\.jsonl.*No such file"),
         ({"model_name_or_path": None}, [], "model_name_or_path"),
-        ({"model_name_or_path": "./nowhere"}, [], "Cannot load the tokenizer of './nowhere'"),
+        ({"model_name_or_path": "./nowhere"}, [], "'./nowhere', and there is no such folder"),
+        ({"model_name_or_path": "/no/where"}, [], "'/no/where', and there is no such folder"),
+        ({"model_name_or_path": "~/no/where"}, [], "no such folder"),
+        ({"model_name_or_path": "models/of/mine"}, [], "no such folder"),
+        ({}, ["--model_name_or_path", "./nowhere"], "'./nowhere', and there is no such folder"),
+        ({}, ["--train_file=nowhere.jsonl"], r"nowhere\.jsonl.*No such file"),
+        ({"num_generations": 2}, [], "1 rows.* 2 different"),
         ({"per_device_train_batch_size": 3}, [], "divisible"),
         ({"learning_rate": "much"}, [], "learning_rate"),
         ({"check_logprobs": "some"}, [], "check_logprobs"),
@@ -99,6 +106,26 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     with pytest.raises(ConfigError, match=says):
         train(path, arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_path_of_which_only_the_parent_exists_is_no_name_on_the_hub(
+    run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "models").mkdir()
+    check_files(run_file(model_name_or_path="Qwen/Qwen3-0.6B"), [])
+    with pytest.raises(ConfigError, match="no such folder"):
+        check_files(run_file(model_name_or_path="models/mine"), [])
+
+
+def test_the_files_are_checked_without_importing_torch(run_file: Callable[..., Path]) -> None:
+    script = (
+        "import sys; from pathlib import Path; from gymlink_trl.launch import check_files;"
+        "check_files(Path(sys.argv[1]), sys.argv[2:]);"
+        "print([m for m in ('torch', 'trl', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", script, str(run_file()), "--train-file", str(run_file().with_name("train.jsonl"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_row_that_is_none_is_named(run_file: Callable[..., Path], tmp_path: Path) -> None:
