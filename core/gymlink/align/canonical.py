@@ -104,8 +104,12 @@ def tool_calls_of(message: Message) -> Sequence[Mapping[str, Any]]:
 
 def tools_digest(tools: Sequence[Tool], template_args: Mapping[str, Any]) -> bytes:
     """What a prompt depends on besides its messages. Prefilling the last message is not part of it."""
-    lasting = {key: value for key, value in template_args.items() if key not in _PER_CALL_ARGS}
-    return digest([list(tools), lasting])
+    return digest([list(tools), lasting_args(template_args)])
+
+
+def lasting_args(template_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The template's arguments that hold for a whole conversation, not for one call of it."""
+    return {key: value for key, value in template_args.items() if key not in _PER_CALL_ARGS}
 
 
 _PER_CALL_ARGS: Final = frozenset({"continue_final_message", "add_generation_prompt"})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gymlink.align.base import ChatFormat, FormatReport, Parsed, Tokenizer, ToolCall
 from gymlink.align.known import KnownFormat, recognise
-from gymlink.align.parsing import TagParser, TemplateParser
-from gymlink.align.suffix import Parser, TemplateFormat
+from gymlink.align.parsing import Parser, TagParser, TemplateParser
+from gymlink.align.suffix import TemplateFormat
 from gymlink.align.template import ChatTemplate
 
 __all__ = ["ChatFormat", "FormatReport", "Parsed", "Tokenizer", "ToolCall", "load_format"]

@@ -14,8 +14,8 @@ from renderers import base as _renderers  # type: ignore[import-untyped]
 from renderers.configs import config_from_name  # type: ignore[import-untyped]
 
 from gymlink.align.base import NO_ARGS, Parsed, Tokenizer, ToolCall
-from gymlink.align.canonical import digest, text_of
-from gymlink.align.parsing import PROMPT_TAIL, read_arguments
+from gymlink.align.canonical import digest, lasting_args, text_of
+from gymlink.align.parsing import PROMPT_TAIL, read_arguments, safe_parse
 from gymlink.align.template import PROBE_TOOL, ChatTemplate, probe_call
 from gymlink.errors import AlignmentError, ConfigError
 from gymlink.types import FinishReason, Message, TokenIds, Tool
@@ -128,23 +128,13 @@ class KnownFormat:
         template_args: Mapping[str, Any] = NO_ARGS,  # noqa: ARG002 - what the arguments opened stands in the prompt
     ) -> Parsed:
         """See `ChatFormat.parse`."""
-        try:
-            return self._parser.parse(prompt_ids, completion_ids, tools)
-        except Exception:  # noqa: BLE001 - sampled ids may be anything; then the text itself is the message
-            return Parsed(self._text_of(completion_ids))
+        return safe_parse(self._parser, self._decode, prompt_ids, completion_ids, tools)
 
-    def _text_of(self, ids: Sequence[int]) -> str:
-        try:
-            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
-        except (OverflowError, TypeError, ValueError, KeyError, IndexError):  # ids outside the vocabulary
-            return ""
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def _renderer(self, template_args: Mapping[str, Any]) -> _renderers.Renderer:
-        lasting = {
-            key: value
-            for key, value in template_args.items()
-            if key not in ("continue_final_message", "add_generation_prompt")
-        }
+        lasting = lasting_args(template_args)
         key = digest(lasting)
         if key not in self._renderers:
             try:

@@ -8,8 +8,8 @@ leave in the content what they cannot read.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -25,6 +25,37 @@ _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)(?:</function>)?\s*", re.DO
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _NAME = re.compile(r"[\w.:-]+")
 _KEY_VALUE = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+
+
+Decode = Callable[[Sequence[int]], str]
+"""Ids to text, special tokens included; raises on ids that are none."""
+
+
+class Parser(Protocol):
+    """Reads a sampled completion. May raise; its caller does not."""
+
+    name: str
+    stop_token_ids: TokenIds
+
+    def parse(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], tools: Sequence[Tool]) -> Parsed: ...
+
+
+def safe_parse(
+    parser: Parser, decode: Decode, prompt_ids: Sequence[int], completion_ids: Sequence[int], tools: Sequence[Tool]
+) -> Parsed:
+    """The parser's reading, or the plain text where it fails: sampled ids may be anything."""
+    try:
+        return parser.parse(prompt_ids, completion_ids, tools)
+    except Exception:  # noqa: BLE001 - a parser meets what no grammar foresaw; the text itself is then the message
+        return Parsed(safe_decode(decode, completion_ids))
+
+
+def safe_decode(decode: Decode, ids: Sequence[int]) -> str:
+    """The text of the ids; empty where some are outside the vocabulary."""
+    try:
+        return decode(ids)
+    except (OverflowError, TypeError, ValueError, KeyError, IndexError):
+        return ""
 
 
 class TagParser:

@@ -13,12 +13,13 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import orjson
 
 from gymlink.align.base import NO_ARGS, FormatReport, Parsed
 from gymlink.align.canonical import digest, split_reasoning, tool_calls_of
+from gymlink.align.parsing import Parser, safe_decode, safe_parse
 from gymlink.align.template import PROBE_TOOL, ChatTemplate, probe_call
 from gymlink.errors import AlignmentError
 from gymlink.types import FinishReason, Message, TokenIds, Tool
@@ -36,15 +37,6 @@ _KINDS: Final[Mapping[str, tuple[tuple[str, ...], str, bool]]] = {
     "tool result, after text": (("tool",), _TEXT_AND_CALLS, True),
     "tool results": (("tool", "tool"), _CALLS, True),
 }
-
-
-class Parser(Protocol):
-    """Reads a sampled completion. May raise; its caller does not."""
-
-    name: str
-    stop_token_ids: TokenIds
-
-    def parse(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], tools: Sequence[Tool]) -> Parsed: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +131,7 @@ class TemplateFormat:
         template_args: Mapping[str, Any] = NO_ARGS,  # noqa: ARG002 - what the arguments opened stands in the prompt
     ) -> Parsed:
         """See `ChatFormat.parse`."""
-        return safe_parse(self._parser, self._template, prompt_ids, completion_ids, tools)
+        return safe_parse(self._parser, self._template.decode, prompt_ids, completion_ids, tools)
 
     # -- the text after a turn -----------------------------------------------------------------------------------
 
@@ -209,7 +201,7 @@ class TemplateFormat:
         """A turn cut inside its reasoning is closed as the template writes reasoning without an answer."""
         if self._reasoning_end is None:
             return ()
-        text = self._template.opening(prompt_ids) + _safe_decode(self._template, completion_ids)
+        text = self._template.opening(prompt_ids) + safe_decode(self._template.decode, completion_ids)
         if text.rfind("<think>") <= text.rfind("</think>"):
             return ()
         return self._reasoning_end
@@ -353,27 +345,6 @@ class TemplateFormat:
 
     def _special_texts(self) -> list[str]:
         return [text for text in (self._template.decode([token]) for token in self._template.special_ids) if text]
-
-
-def safe_parse(
-    parser: Parser,
-    template: ChatTemplate,
-    prompt_ids: Sequence[int],
-    completion_ids: Sequence[int],
-    tools: Sequence[Tool],
-) -> Parsed:
-    """The parser's reading, or the plain text where it fails: sampled ids may be anything."""
-    try:
-        return parser.parse(prompt_ids, completion_ids, tools)
-    except Exception:  # noqa: BLE001 - a parser meets what no grammar foresaw; the text itself is then the message
-        return Parsed(_safe_decode(template, completion_ids))
-
-
-def _safe_decode(template: ChatTemplate, ids: Sequence[int]) -> str:
-    try:
-        return template.decode(ids)
-    except (OverflowError, TypeError, ValueError, KeyError, IndexError):  # ids outside the vocabulary
-        return ""
 
 
 def _shared(one: Sequence[_T], other: Sequence[_T]) -> list[_T]:

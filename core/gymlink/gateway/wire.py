@@ -52,6 +52,7 @@ class WireError(Exception):
 class _Request(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
+    rollout: str | None = Field(None, alias="gymlink_rollout")
     model: str | None = None
     messages: list[dict[str, Any]] = Field(min_length=1)
     tools: list[dict[str, Any]] | None = None
@@ -68,13 +69,10 @@ class _Request(BaseModel):
 class TokenizeRequest(_Request):
     """vLLM's `/tokenize`, for messages."""
 
-    rollout: str | None = Field(None, alias="gymlink_rollout")
-
 
 class ChatRequest(_Request):
     """A chat completion, as far as this gateway honours it."""
 
-    rollout: str | None = Field(None, alias="gymlink_rollout")
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
