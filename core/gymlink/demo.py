@@ -34,7 +34,8 @@ class DemoRequest:
 
     It trains the `keypad` environment found under `environments`, leaves `rollouts.jsonl` in `output`, tells
     `report` what it waits for, calls `on_start` with the number of steps when training begins and `on_step` after
-    each with that step's figures ("step" and "reward" at least).
+    each with that step's figures ("step" and "reward" at least). `arguments` are further options for the trainer, in
+    the trainer's own form; a demo refuses those that it cannot use.
     """
 
     output: Path
@@ -43,6 +44,7 @@ class DemoRequest:
     report: Callable[[str], None]
     on_start: Callable[[int], None]
     on_step: Callable[[Mapping[str, float]], None]
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,9 @@ def environments_root() -> Path:
     raise ConfigError(f"The demo's environments are missing; looked in {', '.join(map(str, candidates))}.")
 
 
-def run_demo(framework: str, output: Path, steps: int | None, console: Console) -> list[str]:
+def run_demo(
+    framework: str, output: Path, steps: int | None, console: Console, arguments: Sequence[str] = ()
+) -> list[str]:
     """Run the demo of one framework, showing each stage; what was found wrong, in words (empty when all is well).
 
     Leaves `summary.json`, `rollouts.jsonl`, `metrics.jsonl` and `reward.png` in `output`; what an earlier demo left
@@ -110,6 +114,7 @@ def run_demo(framework: str, output: Path, steps: int | None, console: Console) 
             report=stages.report,
             on_start=stages.start_training,
             on_step=stages.step,
+            arguments=tuple(arguments),
         )
         result: DemoResult = resolve(found.demo)(request)
     summary = result.summary(time.time() - started - result.seconds_train)

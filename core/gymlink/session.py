@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gymlink.align import load_format
 from gymlink.config import Settings
 from gymlink.engines import Engine
-from gymlink.errors import ConfigError, GymError, GymStartError, RolloutError
-from gymlink.gateway import GatewayServer, PolicyService, Router, create_app
-from gymlink.gym import GymClient, GymServers, attach_gym, start_gym
-from gymlink.rollout import Collector, Recorder
-from gymlink.rollout.collect import OnRollout
+from gymlink.errors import GymError, GymStartError, RolloutError
+from gymlink.gateway import PolicyService, Router
+from gymlink.gym import GymServers, attach_gym, start_gym
+from gymlink.host import check_policy_url, find_attached, policy_key
+from gymlink.rollout import OnRollout, Recorder
 from gymlink.types import Rollout, RolloutBatch, RolloutRequest, Sampling
+from gymlink.worker import RolloutWorker
 
 T = TypeVar("T")
 Report = Callable[[str], None]
@@ -76,29 +76,19 @@ class Session:
         peers: Peers | None = None,
     ) -> None:
         self._settings = settings
-        self._engine = engine
         self.run_dir = run_dir
         self._report = report
         self._peers = peers or Peers()
-        self._service = PolicyService(
-            load_format(tokenizer, name=settings.alignment.format),
-            engine,
-            sampling,
-            reasoning=settings.alignment.reasoning,
-        )
+        self._worker = RolloutWorker(settings, tokenizer=tokenizer, engine=engine, sampling=sampling)
         self._loop: _LoopThread | None = None
-        self._gateway: GatewayServer | None = None
-        self._router = Router(self._peers.rank)
         self._gym: GymServers | None = None
-        self._client: GymClient | None = None
-        self._collector: Collector | None = None
         self._recorder: Recorder | None = None
         self._batches = 0
 
     @property
     def service(self) -> PolicyService:
         """The gateway's inside: its totals are the count of all that the engine sampled."""
-        return self._service
+        return self._worker.service
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -127,21 +117,18 @@ class Session:
     def _start(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         rank = self._peers.rank
-        attached = self._attached()
-        own_secret = _policy_key(attached) if attached else secrets.token_urlsafe(24)
+        attached = find_attached(self._settings, self._report)
+        own_secret = policy_key(attached) if attached else secrets.token_urlsafe(24)
         secret = str(self._peers.exchange(own_secret)[0])
         self._loop = _LoopThread()
         atexit.register(self.stop)
-        self._gateway = GatewayServer(create_app(self._service, secret, self._router), self._gateway_settings(rank))
-        self._run(self._gateway.start())
-        urls = dict(enumerate(self._peers.exchange(self._gateway.url)))
+        router = Router(rank)
+        own_url = self._loop.run(self._worker.serve(secret, self._gateway_settings(rank), router))
+        urls = dict(enumerate(self._peers.exchange(own_url)))
         if rank == 0:
-            self._router.peers |= {str(peer): url for peer, url in urls.items() if peer != rank}
+            router.peers |= {str(peer): url for peer, url in urls.items() if peer != rank}
         self._gym = self._join_gym(attached, urls[0], secret)
-        self._client = GymClient(self._gym, connections=self._settings.rollout.concurrency)
-        self._collector = Collector(
-            self._client, self._service, self._settings.rollout, self._settings.alignment, owner=rank
-        )
+        self._worker.join(self._gym, owner=rank)
         name = "rollouts.jsonl" if rank == 0 else f"rollouts.rank{rank}.jsonl"
         self._recorder = Recorder(self.run_dir / name, detail=self._settings.rollout.record)
 
@@ -150,18 +137,10 @@ class Session:
         settings = self._settings.gateway
         return settings if rank == 0 else settings.model_copy(update={"port": 0})
 
-    def _attached(self) -> GymServers | None:
-        """The Gym that runs already, when the settings name one."""
-        head = self._settings.gym.head_server
-        if head is None:
-            return None
-        self._report(f"attaching to the Gym at {head}")
-        return attach_gym(head)
-
     def _join_gym(self, attached: GymServers | None, gateway_url: str, secret: str) -> GymServers:
         """The first process starts Gym and tells the others where its head server is, or why there is none."""
         if attached is not None:
-            _check_policy_url(attached, gateway_url)
+            check_policy_url(attached, gateway_url)
             return attached
         if self._peers.rank == 0:
             try:
@@ -196,8 +175,8 @@ class Session:
         Raises:
             RolloutError: too many of the batch failed. GymError: a server of the Gym that was started here has died.
         """
-        collector, recorder = self._collector, self._recorder
-        if collector is None or recorder is None:
+        recorder = self._recorder
+        if self._loop is None or recorder is None:
             raise GymError("The session is not started: call start(), or use it as a context manager.")
         if self._running_gym.owned:
             self._running_gym.check()
@@ -208,19 +187,10 @@ class Session:
             if on_rollout is not None:
                 on_rollout(rollout)
 
-        usual, before = self._service.sampling, self._service.totals.attributed_tokens
-        self._service.sampling = sampling or usual
-        try:
-            collected = self._run(collector.collect(requests, ended))
-        finally:
-            self._service.sampling = usual
-        _check_conservation(self._service.totals.attributed_tokens - before, collected)
+        before = self.service.totals.attributed_tokens
+        collected = self._loop.run(self._worker.collect(requests, ended, sampling=sampling))
+        _check_conservation(self.service.totals.attributed_tokens - before, collected)
         return collected
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._loop is None:
-            raise GymError("The session is stopped.")
-        return self._loop.run(work)
 
     def stop(self) -> None:
         """Stop all that this session started, Gym first."""
@@ -229,19 +199,10 @@ class Session:
             self._gym.stop()
         if self._loop is not None:
             try:
-                self._loop.run(self._close())
+                self._loop.run(self._worker.close())
             finally:
                 self._loop.stop()
                 self._loop = None
-        self._collector = None
-
-    async def _close(self) -> None:
-        if self._client is not None:
-            await self._client.close()
-        if self._gateway is not None:
-            await self._gateway.stop()
-        await self._router.aclose()
-        await self._engine.aclose()
 
     def __enter__(self) -> Session:
         self.start()
@@ -249,18 +210,6 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def _check_policy_url(gym: GymServers, gateway_url: str) -> None:
-    """An attached Gym calls the policy where its own configuration says; that must be this gateway."""
-    configured = gym.config.get("policy_base_url")
-    urls = [configured] if isinstance(configured, str) else list(configured or [])
-    if f"{gateway_url}/v1" not in [url.rstrip("/") for url in urls]:
-        raise ConfigError(
-            f"The Gym at {gym.head_url} calls the policy at {configured!r}, and this gateway answers at "
-            f"{gateway_url}/v1. Set gateway.host and gateway.port to the address that Gym was started with, or start "
-            "Gym with policy_base_url set to this one."
-        )
 
 
 def _check_conservation(sampled: int, batch: RolloutBatch) -> None:
@@ -272,17 +221,6 @@ def _check_conservation(sampled: int, batch: RolloutBatch) -> None:
             f"The engine sampled {sampled} tokens for this batch; its rollouts tell of {told}, and {accounted} are "
             "trained or counted as dropped. Please report this: it is a defect of gymlink."
         )
-
-
-def _policy_key(gym: GymServers) -> str:
-    """The secret with which an attached Gym calls the policy."""
-    key = gym.config.get("policy_api_key")
-    if not isinstance(key, str) or key.startswith("${"):
-        raise ConfigError(
-            f"The Gym at {gym.head_url} has policy_api_key {key!r}, which cannot be read from here. Start it with the "
-            "key itself, such as ++policy_api_key=<a secret of yours>."
-        )
-    return key
 
 
 class _LoopThread:

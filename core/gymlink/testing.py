@@ -35,7 +35,7 @@ class EngineContract:
         name: str = "contract",
     ) -> Generation:
         sampling = Sampling(max_tokens=max_tokens)
-        return await engine.generate(prompt or self.prompt, sampling, stop_token_ids=stop, request_id=name)
+        return await engine.generate(prompt or self.prompt, sampling, stop_token_ids=stop, rollout_id=name)
 
     async def test_it_is_an_engine(self, engine: Engine) -> None:
         assert isinstance(engine, Engine)

@@ -37,12 +37,19 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What an engine sampled: ids (the stop token included, when one was sampled) and a logprob for each."""
+    """What an engine sampled: ids (the stop token included, when one was sampled) and a logprob for each.
+
+    `weight_version` is that of the weights that sampled. Where they were updated in between, it is the newest, and
+    `oldest_weight_version` the first. `routed_experts` is what the engine tells of a mixture-of-experts model's
+    routing, for prompt and completion; it is passed on untouched.
+    """
 
     token_ids: TokenIds
     logprobs: Logprobs
     finish_reason: FinishReason
     weight_version: int = 0
+    oldest_weight_version: int | None = None
+    routed_experts: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -76,7 +83,7 @@ class Turn:
 
     `parent` is the index, within its rollout, of the turn that this prompt extends token by token
     (`prompt_ids` starts with the parent's `prompt_ids + completion_ids`); None where a new branch starts.
-    `cause` says why a turn after the first has no parent.
+    `cause` says why a turn after the first has no parent. The other fields are those of its `Generation`.
     """
 
     prompt_ids: TokenIds
@@ -86,6 +93,8 @@ class Turn:
     weight_version: int = 0
     parent: int | None = None
     cause: ForkCause | None = None
+    oldest_weight_version: int | None = None
+    routed_experts: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +102,15 @@ class Segment:
     """One training sequence. `response_*` have one length; `response_mask` is 1 on ids to train, else 0.
 
     Logprobs are those of the sampling policy where the mask is 1 and where an id was sampled but is trained in
-    another segment; 0.0 on ids that the environment wrote.
+    another segment; 0.0 on ids that the environment wrote. `turns` are the indices, within the rollout, of the turns
+    that it is made of, from the first to the last.
     """
 
     prompt_ids: TokenIds
     response_ids: TokenIds
     response_mask: tuple[int, ...]
     response_logprobs: Logprobs
+    turns: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.response_ids) == len(self.response_mask) == len(self.response_logprobs):

@@ -8,6 +8,7 @@ import orjson
 import pytest
 
 from gymlink import session as module
+from gymlink import worker
 from gymlink.config import parse_settings
 from gymlink.engines import ScriptedEngine
 from gymlink.errors import RolloutError
@@ -32,7 +33,7 @@ def session(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     class Client:
         """One call of the policy for each row."""
 
-        def __init__(self, gym: GymServers, *, connections: int) -> None: ...
+        def __init__(self, gym: GymServers, **_: object) -> None: ...
 
         async def run(self, agent: str, row: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any]:
             params = row["responses_create_params"]
@@ -46,7 +47,7 @@ def session(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
         async def close(self) -> None: ...
 
-    monkeypatch.setattr(module, "GymClient", Client)
+    monkeypatch.setattr(worker, "GymClient", Client)
     monkeypatch.setattr(module, "start_gym", lambda *_, **__: RunningGym("http://127.0.0.1:1", {}, {}))
     made = Session(
         parse_settings({"gym": {"config_paths": ["none.yaml"]}}),

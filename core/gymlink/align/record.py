@@ -127,6 +127,8 @@ class RolloutRecord:
             weight_version=generation.weight_version,
             parent=plan.parent,
             cause=plan.cause,
+            oldest_weight_version=generation.oldest_weight_version,
+            routed_experts=generation.routed_experts,
         )
         history = plan._history
         index = len(self._turns)

@@ -113,4 +113,4 @@ def _segment(turns: Sequence[Turn], path: Sequence[int], *, trained: Iterable[in
         ids += turn.completion_ids
         mask += [int(index in train)] * len(turn.completion_ids)
         logprobs += turn.logprobs
-    return Segment(root.prompt_ids, tuple(ids), tuple(mask), tuple(logprobs))
+    return Segment(root.prompt_ids, tuple(ids), tuple(mask), tuple(logprobs), tuple(path))

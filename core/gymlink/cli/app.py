@@ -41,29 +41,34 @@ def _options(
     pass
 
 
-@app.command()
+PASSES_OPTIONS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
+
+
+@app.command(context_settings=PASSES_OPTIONS_ON)
 def demo(
+    context: typer.Context,
     framework: Annotated[str, typer.Option(help="The trainer to demonstrate.")] = "trl",
     output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; by default enough to learn.")] = None,
 ) -> None:
-    """Train a tiny model in a real NeMo Gym environment, without a GPU and without downloads of models."""
+    """Train a tiny model in a real NeMo Gym environment, without a GPU and without downloads of models.
+
+    Further options go to the trainer.
+    """
     from gymlink.demo import run_demo
 
     console = Console()
-    problems = run_demo(framework, output, steps, console)
+    problems = run_demo(framework, output, steps, console, context.args)
     for problem in problems:
         console.print(f"Found wrong: {problem}.", style="red", highlight=False)
     if problems:
         raise typer.Exit(FOUND_WRONG)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
-)
+@app.command(context_settings=PASSES_OPTIONS_ON)
 def train(
     context: typer.Context,
-    framework: Annotated[str, typer.Argument(help="The trainer: trl.")],
+    framework: Annotated[str, typer.Argument(help="The trainer, such as trl or verl.")],
     config: Annotated[Path, typer.Option(help="The run file: the trainer's own settings and `gym_config`.")],
 ) -> None:
     """Run the trainer's own training loop with rollouts from NeMo Gym. Further options go to the trainer."""

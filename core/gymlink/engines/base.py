@@ -26,11 +26,13 @@ class Engine(Protocol):
         """Counts weight updates: the version that a generation started now would report."""
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], request_id: str
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], rollout_id: str
     ) -> Generation:
         """Sample after `prompt_ids` until one of `stop_token_ids`, `sampling.max_tokens` or the context's end.
 
         A sampled stop token is the last of the returned ids. Cancelling the call cancels the generation.
+        `rollout_id` names who asks: an engine with several replicas keeps the calls of one rollout on one of them,
+        where their common prefix is cached. A rollout may have several calls at a time.
         """
 
     async def aclose(self) -> None:

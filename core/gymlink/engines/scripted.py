@@ -23,7 +23,7 @@ class Call:
 
     prompt_ids: TokenIds
     sampling: Sampling
-    request_id: str
+    rollout_id: str
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ScriptedEngine:
     closed: bool = False
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], request_id: str
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], rollout_id: str
     ) -> Generation:
         if self.closed:
             raise EngineError("The scripted engine is closed.")
@@ -50,7 +50,7 @@ class ScriptedEngine:
         room = None if self.max_context is None else self.max_context - len(prompt)
         if room is not None and room < 1:
             raise ContextOverflowError(len(prompt), self.max_context or 0)
-        self.calls.append(Call(prompt, sampling, request_id))
+        self.calls.append(Call(prompt, sampling, rollout_id))
         version = self.weight_version
         if self.latency_s:
             await asyncio.sleep(self.latency_s)

@@ -1,6 +1,7 @@
 """The policy gateway: an OpenAI-compatible endpoint over a token-in, token-out engine."""
 
 from gymlink.gateway.app import create_app
+from gymlink.gateway.front import agent_url, create_front
 from gymlink.gateway.rollouts import OpenRollout
 from gymlink.gateway.router import Router, new_rollout_id
 from gymlink.gateway.server import GatewayServer
@@ -14,6 +15,8 @@ __all__ = [
     "PolicyService",
     "Router",
     "Totals",
+    "agent_url",
     "create_app",
+    "create_front",
     "new_rollout_id",
 ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gymlink.align import RolloutRecord
-from gymlink.types import Generation
+from gymlink.types import Generation, Sampling
 
 
 @dataclass
@@ -22,6 +22,7 @@ class OpenRollout:
     """One rollout while it runs."""
 
     record: RolloutRecord
+    sampling: Sampling
     sampled_tokens: int = 0
     undelivered: Counter[str] = field(default_factory=Counter)
     """Sampled tokens that became no turn, by reason."""
@@ -69,10 +70,10 @@ class OpenRollouts:
     def __init__(self) -> None:
         self._open: dict[str, OpenRollout] = {}
 
-    def open(self, rollout_id: str, record: RolloutRecord) -> OpenRollout:
+    def open(self, rollout_id: str, rollout: OpenRollout) -> OpenRollout:
         if rollout_id in self._open:
             raise ValueError(f"The rollout {rollout_id!r} is open already.")
-        rollout = self._open[rollout_id] = OpenRollout(record)
+        self._open[rollout_id] = rollout
         return rollout
 
     def find(self, rollout_id: str) -> OpenRollout | None:

@@ -1,4 +1,4 @@
-"""Passes a call on to the process that owns its rollout.
+"""Passes calls on: a call of the policy to the process that owns its rollout.
 
 NeMo Gym knows one policy address. With several trainer processes, each has its own policy engine and must serve its
 own rollouts; the owner is written in the rollout id ("<owner>.<unique>"), so routing needs no table of rollouts.
@@ -41,13 +41,13 @@ class Router:
             return None
         return self.peers.get(rollout_id.partition(".")[0])
 
-    async def forward(self, peer: str, request: Request, body: bytes, secret: str) -> Response:
-        """The peer's own answer to `request`, whose body was read. A client that hangs up hangs up on the peer too.
+    async def forward(self, url: str, request: Request, body: bytes, secret: str | None = None) -> Response:
+        """The answer of the server at `url` to `request`, whose body was read. Who hangs up here hangs up there too.
 
         Raises:
-            WireError: 424 when the peer does not answer. (Gym's client repeats a 502, 503 or 504 without end.)
+            WireError: 424 when that server does not answer. (Gym's client repeats a 502, 503 or 504 without end.)
         """
-        posting = asyncio.create_task(self._post(peer, request.url.path, body, secret))
+        posting = asyncio.create_task(self._post(url, body, secret))
         hang_up = asyncio.ensure_future(request.receive())  # after the body, the only message left is http.disconnect
         try:
             await asyncio.wait({posting, hang_up}, return_when=asyncio.FIRST_COMPLETED)
@@ -58,17 +58,19 @@ class Router:
             posting.cancel()
             hang_up.cancel()
 
-    async def _post(self, peer: str, path: str, body: bytes, secret: str) -> Response:
+    async def _post(self, url: str, body: bytes, secret: str | None) -> Response:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+                connector=aiohttp.TCPConnector(limit=0),
+                cookie_jar=aiohttp.DummyCookieJar(),  # Gym marks its sessions by cookie
+                timeout=aiohttp.ClientTimeout(total=None),
             )
-        headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
         try:
-            async with self._session.post(peer + path, data=body, headers=headers) as answer:
+            async with self._session.post(url, data=body, headers=headers) as answer:
                 return Response(await answer.read(), answer.status, media_type="application/json")
         except aiohttp.ClientError as error:
-            message = f"The gateway at {peer}, which owns this rollout, did not answer: {error!r}."
+            message = f"{url}, to which this call was passed on, did not answer: {error!r}."
             raise WireError(424, message, kind="peer_error") from error
 
     async def aclose(self) -> None:

@@ -44,7 +44,7 @@ class PolicyService:
     Args:
         chat_format: how messages and ids correspond for this tokenizer.
         engine: samples.
-        sampling: the trainer's; a request can only lower `max_tokens`. May be replaced between batches.
+        sampling: the trainer's, for rollouts that are opened without their own; a request can only lower `max_tokens`.
         reasoning: whether earlier reasoning stays in the prompt ("keep") or leaves with a fork ("drop").
         model: the name under which the policy is listed.
     """
@@ -66,16 +66,17 @@ class PolicyService:
         self.rollouts = OpenRollouts()
         self.totals = Totals()
 
-    def open(self, rollout_id: str) -> OpenRollout:
-        """From now on, requests that name this rollout are answered and recorded."""
-        return self.rollouts.open(rollout_id, self._record(rollout_id))
+    def open(self, rollout_id: str, *, sampling: Sampling | None = None) -> OpenRollout:
+        """From now on, requests that name this rollout are answered, sampled as `sampling` says, and recorded."""
+        return self.rollouts.open(rollout_id, self._new(rollout_id, sampling))
 
     def close(self, rollout_id: str) -> OpenRollout:
         """No request that names this rollout is answered any more; what it sampled is handed over."""
         return self.rollouts.close(rollout_id)
 
-    def _record(self, rollout_id: str) -> RolloutRecord:
-        return RolloutRecord(rollout_id, self.chat_format, reasoning=self.reasoning)
+    def _new(self, rollout_id: str, sampling: Sampling | None = None) -> OpenRollout:
+        record = RolloutRecord(rollout_id, self.chat_format, reasoning=self.reasoning)
+        return OpenRollout(record, sampling or self.sampling)
 
     def _find(self, rollout_id: str | None) -> OpenRollout | None:
         if rollout_id is None:
@@ -87,9 +88,8 @@ class PolicyService:
 
     def tokenize(self, request: TokenizeRequest) -> TokenIds:
         """The prompt that a chat completion with these messages would sample from now."""
-        rollout = self._find(request.rollout)
-        record = rollout.record if rollout else self._record("tokenize")
-        return self._plan(record, request, request.tools or []).prompt_ids
+        rollout = self._find(request.rollout) or self._new("tokenize")
+        return self._plan(rollout.record, request, request.tools or []).prompt_ids
 
     def _plan(
         self, record: RolloutRecord, request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]]
@@ -116,14 +116,11 @@ class PolicyService:
             WireError: 400 for messages that cannot be rendered and for a context overflow (with the words that Gym
                 looks for), 404 for a rollout that is not open, 500 when the engine fails.
         """
-        rollout = self._find(request.rollout)
+        rollout = self._find(request.rollout) or self._new("unattributed")
         self.totals.requests += 1
-        if rollout is None:
-            rollout = OpenRollout(self._record("unattributed"))
         tools = request.usable_tools
         plan = self._plan(rollout.record, request, tools)
-        request_id = uuid.uuid4().hex
-        generation = await self._generate(rollout, request, plan, request_id)
+        generation = await self._generate(rollout, request, plan)
         heard = await connected()
         # From here to the new turn nothing is awaited: the counts of a rollout agree whenever another task looks.
         self._count(generation, rollout, request)
@@ -136,18 +133,16 @@ class PolicyService:
         parsed = self.chat_format.parse(
             plan.prompt_ids, generation.token_ids, tools, template_args=request.template_args
         )
-        message = assistant_message(parsed, turn_key=request_id[:12])
+        message = assistant_message(parsed, turn_key=uuid.uuid4().hex[:12])
         turn = rollout.record.add(plan, generation, message)
         return chat_completion(request, turn, message, model=self.model)
 
-    async def _generate(
-        self, rollout: OpenRollout, request: ChatRequest, plan: PromptPlan, request_id: str
-    ) -> Generation:
+    async def _generate(self, rollout: OpenRollout, request: ChatRequest, plan: PromptPlan) -> Generation:
         generating = self.engine.generate(
             plan.prompt_ids,
-            self._sampling_for(request),
+            _limited(rollout.sampling, request.token_limit),
             stop_token_ids=self.chat_format.stop_token_ids,
-            request_id=request_id,
+            rollout_id=request.rollout or uuid.uuid4().hex,
         )
         try:
             return await rollout.sample(generating)
@@ -170,9 +165,10 @@ class PolicyService:
         else:
             rollout.sampled_tokens += sampled
 
-    def _sampling_for(self, request: ChatRequest) -> Sampling:
-        limits = [limit for limit in (request.token_limit, self.sampling.max_tokens) if limit is not None]
-        return dataclasses.replace(self.sampling, max_tokens=min(limits, default=None))
+
+def _limited(sampling: Sampling, limit: int | None) -> Sampling:
+    limits = [one for one in (limit, sampling.max_tokens) if one is not None]
+    return dataclasses.replace(sampling, max_tokens=min(limits, default=None))
 
 
 def _not_open(rollout_id: str | None) -> WireError:

@@ -122,6 +122,16 @@ def parse_tokenize_request(body: bytes) -> TokenizeRequest:
     return _parse(TokenizeRequest, body)
 
 
+def rollout_named_in(body: bytes) -> str | None:
+    """The rollout that a request of the policy names; nothing else of it is judged. Raises `WireError` 400."""
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise WireError(400, f"The request body is not JSON: {error}.", kind="invalid_request_error") from error
+    name = request.get(ROLLOUT_FIELD) if isinstance(request, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def _parse(model: type[Model], body: bytes) -> Model:
     try:
         return model.model_validate(orjson.loads(body))

@@ -3,13 +3,14 @@
 Gym never shares an interpreter with the trainer, and gymlink never imports it.
 """
 
-from gymlink.gym.client import GymClient
+from gymlink.gym.client import Addresses, GymClient
 from gymlink.gym.install import GymEnvironment, cache_folder, prepare_gym
 from gymlink.gym.interpreter import Interpreter, find_interpreter
 from gymlink.gym.rows import check_rows, parse_row, read_rows
 from gymlink.gym.servers import GymServers, Server, attach_gym, start_gym
 
 __all__ = [
+    "Addresses",
     "GymClient",
     "GymEnvironment",
     "GymServers",

@@ -45,12 +45,14 @@ class GymClient:
     Args:
         gym: a running Gym, or the URL of its head server, which is asked for the agents on the first row.
         connections: calls in flight at a time; more wait, on their own deadline.
+        secret: the bearer token that these addresses ask for; Gym's own ask for none.
     """
 
-    def __init__(self, gym: Addresses | str, *, connections: int = 1024) -> None:
+    def __init__(self, gym: Addresses | str, *, connections: int = 1024, secret: str | None = None) -> None:
         self._gym = _Address(gym.rstrip("/")) if isinstance(gym, str) else gym
         self._agents: Mapping[str, str] = self._gym.agents
         self._connections = connections
+        self._headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self._opened: aiohttp.ClientSession | None = None
 
     async def run(self, agent: str, row: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class GymClient:
 
     async def _call(self, method: str, url: str, timeout_s: float, *, what: str, body: bytes | None = None) -> Any:
         started = time.monotonic()
-        headers = {"Content-Type": "application/json"} if body is not None else None
+        headers = self._headers | ({"Content-Type": "application/json"} if body is not None else {})
         try:
             async with asyncio.timeout(timeout_s):
                 async with self._session().request(method, url, data=body, headers=headers) as response:

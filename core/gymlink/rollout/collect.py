@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import orjson
 
 from gymlink.config import AlignmentSettings, RolloutSettings
-from gymlink.errors import AlignmentError, ConfigError, GymRequestError, RolloutError
+from gymlink.errors import AlignmentError, ConfigError, GymRequestError
 from gymlink.gateway import ROLLOUT_FIELD, OpenRollout, PolicyService, new_rollout_id
+from gymlink.rollout.figures import Figures, refuse_if_too_many_failed
 from gymlink.rollout.metrics import batch_metrics
 from gymlink.rollout.outcome import FAILED_ATTEMPT, Outcome, failed, scored
-from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus
+from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +61,25 @@ class Collector:
         self._settings = rollout
         self._alignment = alignment
         self._owner = owner
+        self._slots = asyncio.Semaphore(rollout.concurrency)
 
-    async def collect(self, requests: Sequence[RolloutRequest], on_rollout: OnRollout | None = None) -> RolloutBatch:
+    async def collect(
+        self,
+        requests: Sequence[RolloutRequest],
+        on_rollout: OnRollout | None = None,
+        *,
+        sampling: Sampling | None = None,
+    ) -> RolloutBatch:
         """One rollout per request, in their order; `on_rollout` gets each as it ends.
+
+        `sampling` replaces the policy's usual one.
 
         Raises:
             RolloutError: more than `max_failed_fraction` of the batch failed.
         """
-        slots = asyncio.Semaphore(self._settings.concurrency)
 
         async def one(request: RolloutRequest) -> Rollout:
-            async with slots:
-                rollout = await self._rollout(request)
+            rollout = await self.rollout(request, sampling=sampling)
             if on_rollout is not None:
                 on_rollout(rollout)
             return rollout
@@ -83,17 +91,23 @@ class Collector:
             # One that is no rollout's own failure stops the batch; the rest of the group are its cancelled siblings.
             raise failures.exceptions[0] from None
         rollouts = [task.result() for task in tasks]
-        self._refuse_if_too_many_failed(rollouts)
-        return RolloutBatch(rollouts, batch_metrics(rollouts))
+        figures = [Figures.of(rollout) for rollout in rollouts]
+        refuse_if_too_many_failed(figures, self._settings.max_failed_fraction)
+        return RolloutBatch(rollouts, batch_metrics(figures))
 
-    async def _rollout(self, request: RolloutRequest) -> Rollout:
+    async def rollout(self, request: RolloutRequest, *, sampling: Sampling | None = None) -> Rollout:
+        """One rollout, as soon as fewer than `rollout.concurrency` are in flight; its deadline counts from then."""
+        async with self._slots:
+            return await self._rollout(request, sampling)
+
+    async def _rollout(self, request: RolloutRequest, sampling: Sampling | None) -> Rollout:
         """Try until one attempt is scored, the attempts are used up, or the deadline has passed."""
         started = time.perf_counter()
         past = _Past()
         for attempt in range(1, self._settings.attempts + 1):
             rollout_id = new_rollout_id(self._owner)
             left = self._settings.deadline_s - (time.perf_counter() - started)
-            outcome = await self._attempt(request, rollout_id, left)
+            outcome = await self._attempt(request, rollout_id, sampling, left)
             done = outcome.status is not RolloutStatus.FAILED
             out_of_time = time.perf_counter() - started >= self._settings.deadline_s
             if done or out_of_time or attempt == self._settings.attempts:
@@ -101,9 +115,11 @@ class Collector:
             past.add(outcome)
         raise AssertionError("settings.attempts is at least 1")  # pragma: no cover
 
-    async def _attempt(self, request: RolloutRequest, rollout_id: str, timeout_s: float) -> Outcome:
+    async def _attempt(
+        self, request: RolloutRequest, rollout_id: str, sampling: Sampling | None, timeout_s: float
+    ) -> Outcome:
         agent, row = request.row["agent_ref"]["name"], _tagged(request.row, rollout_id)
-        rollout = self._policy.open(rollout_id)
+        rollout = self._policy.open(rollout_id, sampling=sampling)
         answer: Mapping[str, Any] | GymRequestError
         try:
             async with asyncio.timeout(timeout_s):
@@ -135,17 +151,6 @@ class Collector:
             # A bug of ours, and still no reason to lose the rest of the batch.
             logger.exception("rollout: the sampled turns do not fit together")
             return failed(rollout, "alignment", str(error))
-
-    def _refuse_if_too_many_failed(self, rollouts: Sequence[Rollout]) -> None:
-        failures = [rollout for rollout in rollouts if rollout.status is RolloutStatus.FAILED]
-        allowed = self._settings.max_failed_fraction
-        if not failures or len(failures) <= allowed * len(rollouts):
-            return
-        kinds = ", ".join(f"{kind}: {count}" for kind, count in Counter(r.failure for r in failures).most_common())
-        raise RolloutError(
-            f"{len(failures)} of {len(rollouts)} rollouts failed ({kinds}), more than rollout.max_failed_fraction = "
-            f"{allowed:g} allows. The first: {failures[0].detail}"
-        )
 
 
 @dataclass

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from gymlink.align.segments import HISTORY_REWRITTEN, OTHER_BRANCH
+from gymlink.rollout.figures import Figures
 from gymlink.rollout.outcome import FAILED, FAILED_ATTEMPT
-from gymlink.types import ForkCause, Rollout, RolloutStatus
+from gymlink.types import ForkCause, RolloutStatus
 
 PREFIX = "rollout/"
 
@@ -20,27 +21,27 @@ BREAKDOWNS: Mapping[str, Sequence[str]] = {
 that are left out when 0 would not add up to their sum."""
 
 
-def batch_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def batch_metrics(rollouts: Sequence[Figures]) -> dict[str, float]:
     """Means are over the rollouts that were scored; counts and tokens are over all, failed attempts included.
 
     A sum such as `rollout/failed` comes with its parts, `rollout/failed/timeout` and so on.
     `rollout/tokens_sampled` is `rollout/tokens_trained` plus `rollout/tokens_dropped`. Times are in seconds.
     """
-    scored = [rollout for rollout in rollouts if rollout.status is not RolloutStatus.FAILED]
-    failures = Counter(rollout.failure or "unknown" for rollout in rollouts if rollout.status is RolloutStatus.FAILED)
+    scored = [rollout for rollout in rollouts if not rollout.has_failed]
+    failures = Counter(rollout.failure or "unknown" for rollout in rollouts if rollout.has_failed)
     dropped: Counter[str] = Counter()
     breaks: Counter[str] = Counter()
     for rollout in rollouts:
         dropped.update(rollout.dropped)
-        breaks.update({cause.value: count for cause, count in rollout.prefix_breaks.items()})
+        breaks.update(rollout.prefix_breaks)
     figures: dict[str, float] = {
         "count": len(rollouts),
         "failed": sum(failures.values()),
         "truncated": sum(rollout.status is RolloutStatus.TRUNCATED for rollout in rollouts),
         "retried": sum(rollout.attempts > 1 for rollout in rollouts),
         "prefix_breaks": sum(breaks.values()),
-        "tokens_sampled": sum(rollout.sampled_tokens for rollout in rollouts),
-        "tokens_trained": sum(rollout.trained_tokens for rollout in rollouts),
+        "tokens_sampled": sum(rollout.tokens_sampled for rollout in rollouts),
+        "tokens_trained": sum(rollout.tokens_trained for rollout in rollouts),
         "tokens_dropped": sum(dropped.values()),
         "seconds_mean": _mean(rollout.seconds for rollout in rollouts),
         "seconds_max": max((rollout.seconds for rollout in rollouts), default=0.0),
@@ -49,8 +50,8 @@ def batch_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
     if scored:
         figures["reward_mean"] = _mean(rollout.reward or 0.0 for rollout in scored)
-        figures["turns_mean"] = _mean(len(rollout.turns) for rollout in scored)
-        figures["segments_mean"] = _mean(len(rollout.segments) for rollout in scored)
+        figures["turns_mean"] = _mean(rollout.turns for rollout in scored)
+        figures["segments_mean"] = _mean(rollout.segments for rollout in scored)
     for name, parts in (("failed", failures), ("prefix_breaks", breaks), ("tokens_dropped", dropped)):
         figures |= {f"{name}/{part}": parts[part] for part in (*BREAKDOWNS[name], *parts)}
     return {PREFIX + name: float(value) for name, value in figures.items()}

@@ -31,11 +31,19 @@ class Recorder:
 
     def write(self, rollout: Rollout, *, batch: int) -> None:
         """`batch` is the number of the collection that the rollout belongs to, from 0."""
+        self.append(self.line(rollout, batch=batch))
+
+    def line(self, rollout: Rollout, *, batch: int) -> bytes:
+        """What `write` appends; empty for the detail "off"."""
         if self._detail == "off":
-            return
-        line = orjson.dumps(self._line(rollout, batch), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
-        with self.path.open("ab") as file:
-            file.write(line)
+            return b""
+        return orjson.dumps(self._line(rollout, batch), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+
+    def append(self, line: bytes) -> None:
+        """Append a line that this or another process made."""
+        if line:
+            with self.path.open("ab") as file:
+                file.write(line)
 
     def _line(self, rollout: Rollout, batch: int) -> dict[str, Any]:
         agent = rollout.request.row.get("agent_ref", {}).get("name")

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from gymlink.config import parse_settings
 from gymlink.demo import DemoRequest, DemoResult
+from gymlink.errors import PluginError
 from gymlink_trl.dataset import gym_dataset
 from gymlink_trl.quiet import quiet_trainer
 from gymlink_trl.rollout import GymRollout, gym_reward
@@ -35,8 +36,14 @@ def run(request: DemoRequest) -> DemoResult:
     """Train `keypad` as `request` asks.
 
     Raises:
+        PluginError: `request` has arguments, for which this demo has no use.
         GymlinkError: Gym did not start, or too many rollouts failed.
     """
+    if request.arguments:
+        raise PluginError(
+            f"The demo of TRL takes no further options, and got {' '.join(request.arguments)!r}. Its own are in "
+            "`gymlink demo --help`; to train with settings of yours: gymlink train trl."
+        )
     quiet_trainer()
     from trl import GRPOConfig, GRPOTrainer
 

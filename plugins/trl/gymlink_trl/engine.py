@@ -102,7 +102,7 @@ class LiveModelEngine:
                 self._period = None
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], request_id: str
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], rollout_id: str
     ) -> Generation:
         period = self._period
         if self._closed:
@@ -116,7 +116,7 @@ class LiveModelEngine:
         if room < 1:
             raise ContextOverflowError(len(prompt_ids), context)
         limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-        return await period.generate(prompt_ids, limit, stop_token_ids, request_id)
+        return await period.generate(prompt_ids, limit, stop_token_ids, rollout_id)
 
     async def aclose(self) -> None:
         """Refuse any further call. Nothing else outlives `sampling`."""
@@ -191,9 +191,9 @@ class _Period:
         self._delivery.join()
 
     async def generate(
-        self, prompt_ids: Sequence[int], limit: int, stop_token_ids: Sequence[int], request_id: str
+        self, prompt_ids: Sequence[int], limit: int, stop_token_ids: Sequence[int], rollout_id: str
     ) -> Generation:
-        key = f"{request_id}#{next(self._serial)}"
+        key = f"{rollout_id}#{next(self._serial)}"
         loop = asyncio.get_running_loop()
         call = _Call(loop, loop.create_future())
         with self._lock:

@@ -22,6 +22,7 @@ from gymlink.config import Settings, load_settings
 from gymlink.errors import RolloutError
 from gymlink.gym import check_rows
 from gymlink.report import Reporter
+from gymlink.rollout import Figures, describe_failures
 from gymlink.session import Session
 from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling
 from gymlink_trl.dataset import load_rows, row_files, row_reference
@@ -37,9 +38,6 @@ Check = Literal["off", "first", "all"]
 
 OVER_LENGTH = "max_completion_length"
 """The reason under which sampled tokens beyond the trainer's `max_completion_length` are counted."""
-
-DETAIL_LENGTH = 300
-"""Characters of a failure's detail that are told."""
 
 
 @dataclass(slots=True)
@@ -183,7 +181,7 @@ class GymRollout:
         sampling = sampling_of(trainer, self._max_turn_tokens)
         with running.engine.sampling(sampling):
             batch = running.session.collect(requests, sampling=sampling)
-        if failures := describe_failures(batch.rollouts):
+        if failures := describe_failures([Figures.of(rollout) for rollout in batch.rollouts]):
             self._tell(failures)
         rows = [training_row(rollout, running.eos, trainer.max_completion_length) for rollout in batch.rollouts]
         counts = Totals()
@@ -276,18 +274,6 @@ def dataset_files(trainer: GRPOTrainer) -> set[str]:
     given = trainer.eval_dataset
     datasets = [trainer.train_dataset, *(given.values() if isinstance(given, Mapping) else [given])]
     return {file for one in datasets if isinstance(one, Dataset) for file in row_files(one["prompt"])}
-
-
-def describe_failures(rollouts: Sequence[Rollout]) -> str | None:
-    """One line about the rollouts that failed: how many, of which kinds, and what became of the first."""
-    failed = [rollout for rollout in rollouts if rollout.status is RolloutStatus.FAILED]
-    if not failed:
-        return None
-    kinds = ", ".join(f"{kind}: {count}" for kind, count in Counter(one.failure for one in failed).most_common())
-    detail = " ".join((failed[0].detail or "no more is known").split())
-    if len(detail) > DETAIL_LENGTH:
-        detail = f"{detail[: DETAIL_LENGTH - 1]}…"
-    return f"{len(failed)} of {len(rollouts)} rollouts failed ({kinds}); the first: {detail}"
 
 
 def one_row_per_prompt(settings: Settings) -> Settings:

@@ -8,7 +8,7 @@ ANY = Sampling()
 
 
 async def generate(engine: ScriptedEngine, prompt: tuple[int, ...] = (1, 2), sampling: Sampling = ANY, stop: int = 9):
-    return await engine.generate(prompt, sampling, stop_token_ids=(stop,), request_id="r")
+    return await engine.generate(prompt, sampling, stop_token_ids=(stop,), rollout_id="r")
 
 
 def test_it_is_an_engine() -> None:

@@ -1,11 +1,11 @@
-from gymlink.rollout import batch_metrics
+from gymlink.rollout import Figures, batch_metrics
 from gymlink.types import ForkCause, Rollout, RolloutRequest, RolloutStatus, Segment, Turn
 
 REQUEST = RolloutRequest({}, 0)
 
 
-def rollout(status: RolloutStatus = RolloutStatus.COMPLETED, **fields: object) -> Rollout:
-    return Rollout(REQUEST, "0.a", status, **fields)  # type: ignore[arg-type]
+def rollout(status: RolloutStatus = RolloutStatus.COMPLETED, **fields: object) -> Figures:
+    return Figures.of(Rollout(REQUEST, "0.a", status, **fields))  # type: ignore[arg-type]
 
 
 def test_a_failed_rollout_is_in_no_mean_of_rewards() -> None:

@@ -129,7 +129,7 @@ class KeypadSession:
         for index in range(2):
             cause = ForkCause.EDITED if rewrite and index else None
             said = await self.engine.generate(
-                prompt, bounded, stop_token_ids=[self.tokenizer.eos_token_id], request_id=f"{request.index}-{index}"
+                prompt, bounded, stop_token_ids=[self.tokenizer.eos_token_id], rollout_id=f"{request.index}-{index}"
             )
             parent = index - 1 if index and not cause else None
             turns.append(

@@ -36,7 +36,7 @@ def generate(
 
     async def all_of_them() -> list[Generation]:
         calls = [
-            engine.generate(ids, sampling, stop_token_ids=stops, request_id=str(index))
+            engine.generate(ids, sampling, stop_token_ids=stops, rollout_id=str(index))
             for index, ids in enumerate(prompts)
         ]
         return await asyncio.gather(*calls)
@@ -282,7 +282,7 @@ def test_a_period_that_ends_ends_the_calls_in_flight(
         go_on.wait(10)
 
     async def call() -> Generation:
-        return await engine.generate(prompt(tokenizer), Sampling(), stop_token_ids=[], request_id="late")
+        return await engine.generate(prompt(tokenizer), Sampling(), stop_token_ids=[], rollout_id="late")
 
     caught: list[BaseException] = []
 
@@ -316,7 +316,7 @@ def test_calls_that_come_as_a_collection_ends_are_refused_without_a_word(
     async def ask_until_refused() -> list[BaseException | Generation]:
         asked: list[asyncio.Task[Generation]] = []
         while not (asked and asked[-1].done()):
-            call = engine.generate(prompt(tokenizer), EIGHT, stop_token_ids=[], request_id="late")
+            call = engine.generate(prompt(tokenizer), EIGHT, stop_token_ids=[], rollout_id="late")
             asked.append(asyncio.create_task(call))
             await asyncio.sleep(0.01)
         go_on.set()
@@ -348,7 +348,7 @@ def test_cancelling_a_call_cancels_the_generation(model: Qwen2ForCausalLM, token
 
     async def cancel_and_wait() -> int:
         call = asyncio.create_task(
-            engine.generate(prompt(tokenizer), Sampling(), stop_token_ids=[], request_id="unwanted")
+            engine.generate(prompt(tokenizer), Sampling(), stop_token_ids=[], rollout_id="unwanted")
         )
         while not forwards:  # noqa: ASYNC110 - counted by another thread
             await asyncio.sleep(0.01)

@@ -18,7 +18,7 @@ from gymlink.errors import ConfigError
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Segment
 from gymlink_trl import GymRollout, gym_dataset, gym_reward
 from gymlink_trl.quiet import NO_REWARD, TRL_LOGGER
-from gymlink_trl.rollout import DETAIL_LENGTH, OVER_LENGTH, describe_failures, training_row
+from gymlink_trl.rollout import OVER_LENGTH, training_row
 
 SETTINGS = {"gym": {"config_paths": ["keypad.yaml"]}}
 
@@ -169,18 +169,6 @@ def test_a_failure_is_told_in_one_line_and_not_by_the_trainer(
     finally:
         trl_logger.removeHandler(caplog.handler)
     assert said[1:] == ["1 of 4 rollouts failed (http: 1); the first: as told"]
-
-
-def test_failures_are_counted_by_kind_and_the_first_is_shortened() -> None:
-    failed = replace(rollout_of(status=RolloutStatus.FAILED), reward=None, failure="http", detail="a\n " + "b" * 400)
-    late = replace(failed, failure="timeout", detail="late")
-    told = describe_failures([rollout_of(), failed, late, failed])
-    assert told is not None
-    head, _, detail = told.partition("the first: ")
-    assert head == "3 of 4 rollouts failed (http: 2, timeout: 1); "
-    assert detail.startswith("a bbb")
-    assert len(detail) == DETAIL_LENGTH
-    assert describe_failures([rollout_of()]) is None
 
 
 @pytest.mark.parametrize("wrong", ["train.jsonl", "eval.jsonl"])
