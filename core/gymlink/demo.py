@@ -34,8 +34,8 @@ class DemoRequest:
 
     It trains the `keypad` environment found under `environments`, leaves `rollouts.jsonl` in `output`, tells
     `report` what it waits for, calls `on_start` with the number of steps when training begins and `on_step` after
-    each with that step's figures ("step" and "reward" at least). `arguments` are further options for the trainer, in
-    the trainer's own form; a demo refuses those that it cannot use.
+    each with that step's figures ("step" and "reward" at least). `arguments` are options of the trainer, in the
+    trainer's own form; a demo refuses those that it cannot use.
     """
 
     output: Path

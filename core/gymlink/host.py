@@ -69,14 +69,17 @@ class GymHost:
         url = self._front.url
         if attached is not None:
             check_policy_url(attached, url)
-        gym = self._gym = attached or await asyncio.to_thread(
-            start_gym,
-            self._settings.gym,
-            policy_base_url=f"{url}/v1",
-            policy_api_key=secret,
-            run_dir=self._run_dir,
-            report=self._report,
-        )
+            gym = attached
+        else:
+            gym = await asyncio.to_thread(
+                start_gym,
+                self._settings.gym,
+                policy_base_url=f"{url}/v1",
+                policy_api_key=secret,
+                run_dir=self._run_dir,
+                report=self._report,
+            )
+        self._gym = gym
         agents.update(gym.agents)
         return HostedGym(url, secret, {name: agent_url(url, name) for name in agents}, gym.version)
 

@@ -41,10 +41,7 @@ def _options(
     pass
 
 
-PASSES_OPTIONS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
-
-
-@app.command(context_settings=PASSES_OPTIONS_ON)
+@app.command(context_settings={"allow_extra_args": True})
 def demo(
     context: typer.Context,
     framework: Annotated[str, typer.Option(help="The trainer to demonstrate.")] = "trl",
@@ -53,7 +50,7 @@ def demo(
 ) -> None:
     """Train a tiny model in a real NeMo Gym environment, without a GPU and without downloads of models.
 
-    Further options go to the trainer.
+    What follows `--` goes to the trainer.
     """
     from gymlink.demo import run_demo
 
@@ -65,7 +62,9 @@ def demo(
         raise typer.Exit(FOUND_WRONG)
 
 
-@app.command(context_settings=PASSES_OPTIONS_ON)
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
+)
 def train(
     context: typer.Context,
     framework: Annotated[str, typer.Argument(help="The trainer, such as trl or verl.")],

@@ -6,7 +6,7 @@ Gym never shares an interpreter with the trainer, and gymlink never imports it.
 from gymlink.gym.client import Addresses, GymClient
 from gymlink.gym.install import GymEnvironment, cache_folder, prepare_gym
 from gymlink.gym.interpreter import Interpreter, find_interpreter
-from gymlink.gym.rows import check_rows, parse_row, read_rows
+from gymlink.gym.rows import check_rows, parse_row, read_rows, readable_messages
 from gymlink.gym.servers import GymServers, Server, attach_gym, start_gym
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "parse_row",
     "prepare_gym",
     "read_rows",
+    "readable_messages",
     "start_gym",
 ]

@@ -7,7 +7,7 @@ one is said as `file.jsonl:12: ...`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,30 @@ def parse_row(line: bytes, where: str, agents: Sequence[str] | None = None) -> d
                 raise ConfigError(f"{where}: item {index} of the input must be an object, got {_kind(item)}.")
     _check_metadata(parameters.get("metadata"), where)
     return _with_agent(row, where, agents)
+
+
+def readable_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row's input as messages that a person can read, whatever it holds, at least one: Gym judges it, not this."""
+    given = row["responses_create_params"]["input"]
+    messages = [_message(item) for item in ([given] if isinstance(given, str) else given)]
+    return messages or [{"role": "user", "content": ""}]
+
+
+def _message(item: Any) -> dict[str, str]:
+    if not isinstance(item, Mapping):
+        return {"role": "user", "content": item if isinstance(item, str) else orjson.dumps(item).decode()}
+    content = item.get("content")
+    if isinstance(content, list):
+        content = "".join(_text(part) for part in content)
+    if not isinstance(content, str):
+        content = orjson.dumps(item).decode()
+    return {"role": str(item.get("role") or item.get("type") or "user"), "content": content}
+
+
+def _text(part: Any) -> str:
+    """The text of a content part; other kinds (an image, say) and parts without one are left out."""
+    text = part.get("text") if isinstance(part, Mapping) else part
+    return text if isinstance(text, str) else ""
 
 
 def _check_metadata(metadata: Any, where: str) -> None:

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
 from datasets import Dataset
 
 from gymlink.errors import ConfigError
-from gymlink.gym import parse_row, read_rows
+from gymlink.gym import parse_row, read_rows, readable_messages
 
 ROW_KEY = "gym_row"
 
@@ -107,30 +106,6 @@ def _digest(line: bytes) -> str:
 
 
 def _prompt(row: Mapping[str, Any], *, reference: str) -> list[dict[str, str]]:
-    given = row["responses_create_params"]["input"]
-    prompt = messages([given] if isinstance(given, str) else given) or [{"role": "user", "content": ""}]
+    prompt = readable_messages(row)
     prompt[0][ROW_KEY] = reference
     return prompt
-
-
-def messages(items: Sequence[Any]) -> list[dict[str, str]]:
-    """Responses items as messages that a person can read."""
-    return [_message(item) for item in items]
-
-
-def _message(item: Any) -> dict[str, str]:
-    """A Responses item as a message that a person can read, whatever it holds: Gym judges it, not this."""
-    if not isinstance(item, Mapping):
-        return {"role": "user", "content": item if isinstance(item, str) else orjson.dumps(item).decode()}
-    content = item.get("content")
-    if isinstance(content, list):
-        content = "".join(_text(part) for part in content)
-    if not isinstance(content, str):
-        content = orjson.dumps(item).decode()
-    return {"role": str(item.get("role") or item.get("type") or "user"), "content": content}
-
-
-def _text(part: Any) -> str:
-    """The text of a content part; other kinds (an image, say) and parts without one are left out."""
-    text = part.get("text") if isinstance(part, Mapping) else part
-    return text if isinstance(text, str) else ""

@@ -41,8 +41,8 @@ def run(request: DemoRequest) -> DemoResult:
     """
     if request.arguments:
         raise PluginError(
-            f"The demo of TRL takes no further options, and got {' '.join(request.arguments)!r}. Its own are in "
-            "`gymlink demo --help`; to train with settings of yours: gymlink train trl."
+            f"The demo of TRL takes no options of the trainer, and got {' '.join(request.arguments)!r}. "
+            "To train with settings of your own: gymlink train trl --config run.yaml"
         )
     quiet_trainer()
     from trl import GRPOConfig, GRPOTrainer

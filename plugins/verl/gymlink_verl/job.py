@@ -1,0 +1,207 @@
+"""One Gym for a verl job: a Ray actor that starts it, and the handle by which the job's other processes reach it.
+
+Whoever needs it first makes it, on its own node: that is the trainer, when it makes its sampler. The actor lives and ends with the
+job; Gym ends with the actor, however that ends. Everything that the job's rollouts came to is told here, and asked for
+here when a step is judged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from gymlink.config import GatewaySettings, Settings, load_settings
+from gymlink.errors import ConfigError, GymlinkError, GymStartError
+from gymlink.host import GymHost, HostedGym
+from gymlink.rollout import Figures, Recorder
+from gymlink_verl.legacy import NeutralRewards
+
+ACTOR = "gymlink"
+"""The actor's name, in the job's own Ray namespace."""
+ERROR_FILE = "error.txt"
+"""In the run's folder: why the run was stopped, for whoever started it."""
+
+
+class JobActor:
+    """The job's part that exists once. Its methods run on one event loop."""
+
+    def __init__(self, settings: Settings, run_dir: str, front: GatewaySettings) -> None:
+        self._settings = settings
+        self._run_dir = Path(run_dir)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        (self._run_dir / ERROR_FILE).unlink(missing_ok=True)
+        self._host = GymHost(settings, self._run_dir, front=front, report=_say)
+        self._recorder = Recorder(self._run_dir / "rollouts.jsonl", detail=settings.rollout.record)
+        self._starting: asyncio.Task[HostedGym] | None = None
+        self._agents: set[str] = set()
+        self._ended: dict[str, list[Figures]] = {"train": [], "val": []}
+        self._neutral = NeutralRewards(settings.rollout.max_failed_fraction)
+
+    async def settings(self) -> Settings:
+        return self._settings
+
+    async def recorder(self) -> Recorder:
+        """Makes the lines that `ended` takes, in whichever process the rollout was collected."""
+        return self._recorder
+
+    async def expect(self, agents: Collection[str]) -> None:
+        """The job's rows are for these agents. Gym starts now, if it has not."""
+        self._agents |= set(agents)
+        self._start()
+
+    def _start(self) -> asyncio.Task[HostedGym]:
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._host.start())
+        return self._starting
+
+    async def hosted(self) -> HostedGym:
+        """The Gym, once it runs.
+
+        Raises:
+            ConfigError: a setting cannot work, or a row is for an agent that does not run. GymStartError: Gym did not
+                come up.
+        """
+        try:
+            gym = await asyncio.shield(self._start())
+            _check_agents(self._agents, gym.agents)
+        except GymlinkError as error:
+            self._note(error)
+            raise
+        except Exception as error:
+            self._note(error)
+            raise GymStartError(f"Gym could not be started: {type(error).__name__}: {error}") from error
+        return gym
+
+    async def enlist(self, url: str) -> int:
+        return self._host.enlist(url)
+
+    async def ended(self, split: str, figures: Figures, line: bytes) -> None:
+        """A rollout has ended; `line` is what is recorded of it."""
+        self._recorder.append(line)
+        self._ended[split].append(figures)
+
+    async def take(self, split: str) -> list[Figures]:
+        """Those that ended since this was last asked. Raises `GymError` when one of Gym's servers has died."""
+        self._host.check()
+        taken, self._ended[split] = self._ended[split], []
+        return taken
+
+    async def note(self, error: str) -> None:
+        """Leave word of why the run is being stopped."""
+        (self._run_dir / ERROR_FILE).write_text(error + "\n", encoding="utf-8")
+
+    def _note(self, error: Exception) -> None:
+        (self._run_dir / ERROR_FILE).write_text(f"{error}\n", encoding="utf-8")
+
+    # The legacy trainer takes a reward for every rollout, the failed ones too.
+
+    async def begun(self, split: str) -> None:
+        self._neutral.begun(split)
+
+    async def scored(self, split: str, group: str, figures: Figures) -> None:
+        await self._neutral.ended(split, group, figures)
+
+    async def neutral_reward(self, split: str, group: str, siblings: int) -> float:
+        try:
+            return await self._neutral.reward(split, group, siblings)
+        except GymlinkError as error:
+            self._note(error)
+            raise
+
+
+class Job:
+    """A handle to the actor, in any process of the job."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Job:
+        """The job's actor, made when there is none yet. `options` is the node `gymlink` of the trainer's settings.
+
+        Raises:
+            ConfigError: gym.yaml cannot be read or cannot work.
+        """
+        global _job  # noqa: PLW0603 - the process that makes the actor must hold it: with the last handle it would end
+        if _job is None:
+            _job = cls(_find() or _make(options))
+        return _job
+
+    def expect(self, agents: Collection[str]) -> None:
+        ray.get(self.actor.expect.remote(set(agents)))
+
+    def wait(self) -> HostedGym:
+        """Wait until Gym runs. Raises as `JobActor.hosted`."""
+        gym: HostedGym = ray.get(self.actor.hosted.remote())
+        return gym
+
+    def take(self, split: str) -> Sequence[Figures]:
+        taken: Sequence[Figures] = ray.get(self.actor.take.remote(split))
+        return taken
+
+    def settings(self) -> Settings:
+        settings: Settings = ray.get(self.actor.settings.remote())
+        return settings
+
+    def note(self, error: GymlinkError) -> None:
+        ray.get(self.actor.note.remote(str(error)))
+
+
+_job: Job | None = None
+
+
+def _find() -> Any:
+    try:
+        return ray.get_actor(ACTOR)
+    except ValueError:
+        return None
+
+
+def _make(options: Mapping[str, Any]) -> Any:
+    settings = load_settings(options["gym_config"])
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    placed = ray.remote(JobActor).options(
+        name=ACTOR, get_if_exists=True, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here
+    )
+    return placed.remote(settings, str(Path(options["run_dir"]).expanduser().absolute()), front_of(settings))
+
+
+def front_of(settings: Settings) -> GatewaySettings:
+    """Where the front listens: as gym.yaml says; on several nodes, by default, at this node's address."""
+    gateway = settings.gateway
+    if spans_nodes() and "host" not in gateway.model_fields_set:
+        return gateway.model_copy(update={"host": ray.util.get_node_ip_address()})
+    return gateway
+
+
+def worker_gateway_of(settings: Settings) -> GatewaySettings:
+    """Where a worker's gateway listens: at any free port, and on several nodes at an address that the front reaches."""
+    if not spans_nodes():
+        return settings.gateway.model_copy(update={"port": 0, "advertise_host": None})
+    here = ray.util.get_node_ip_address()
+    host = settings.gateway.host if settings.gateway.host in ANY_ADDRESS else here
+    return settings.gateway.model_copy(update={"port": 0, "host": host, "advertise_host": here})
+
+
+ANY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with what the settings say
+
+
+def spans_nodes() -> bool:
+    return len([node for node in ray.nodes() if node["Alive"]]) > 1
+
+
+def _check_agents(wanted: Collection[str], running: Collection[str]) -> None:
+    if missing := sorted(set(wanted) - set(running)):
+        raise ConfigError(
+            f"The rows are for the agent {missing[0]!r}, which does not run; running: {', '.join(sorted(running))}. "
+            "Add its config to gym.config_paths, or mend the rows' agent_ref."
+        )
+
+
+def _say(text: str) -> None:
+    print(f"gymlink: {text}", flush=True)  # noqa: T201 - Ray shows an actor's output to whoever started the job

@@ -1,0 +1,92 @@
+"""Rewards for failed rollouts of verl's legacy trainer, which cannot leave a rollout out: rewards that move nothing.
+
+The row of a failed rollout has no token to train, but its reward is in the baseline of its group. So it gets one with
+which the group's mean stays what it is without it, and its spread too wherever that is possible: with two or more
+failures, not with one, where the siblings' normalised advantages grow by sqrt((n-1)/(n-2)), n being the group's size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+from gymlink.errors import RolloutError
+from gymlink.rollout import Figures, describe_failures, refuse_if_too_many_failed
+
+GROUPS_KEPT = 100_000
+JUDGED = 256
+"""Failures are judged over this many of the latest rollouts."""
+
+
+def neutral_rewards(scored: Sequence[float], failed: int) -> list[float]:
+    """Rewards for `failed` rollouts beside siblings with the rewards `scored`, of which there is at least one.
+
+    The mean of all is the mean of `scored`. With two or more of each, the sample variance is theirs as well: the
+    added rewards have the sum 0 and the sum of squares `failed * s**2` around the mean.
+    """
+    mean = fmean(scored)
+    if failed == 1 or len(scored) == 1:
+        return [mean] * failed
+    deviation = stdev(scored) * math.sqrt(failed / 2)
+    return [mean + deviation, mean - deviation, *[mean] * (failed - 2)]
+
+
+class NeutralRewards:
+    """Knows the rollouts of the legacy trainer, by group. Used from one event loop."""
+
+    def __init__(self, max_failed_fraction: float) -> None:
+        self._allowed = max_failed_fraction
+        self._groups: OrderedDict[str, list[Figures]] = OrderedDict()
+        self._given: dict[str, list[float]] = {}
+        self._latest: dict[str, deque[Figures]] = {"train": deque(maxlen=JUDGED), "val": deque(maxlen=JUDGED)}
+        self._in_flight = {"train": 0, "val": 0}
+        self._changed = asyncio.Condition()
+
+    def begun(self, split: str) -> None:
+        if split == "val" and not self._in_flight[split]:
+            self._latest[split].clear()
+        self._in_flight[split] += 1
+
+    async def ended(self, split: str, group: str, figures: Figures) -> None:
+        async with self._changed:
+            self._in_flight[split] -= 1
+            self._latest[split].append(figures)
+            self._groups.setdefault(group, []).append(figures)
+            if len(self._groups) > GROUPS_KEPT:
+                self._given.pop(self._groups.popitem(last=False)[0], None)
+            self._changed.notify_all()
+
+    async def reward(self, split: str, group: str, siblings: int) -> float:
+        """The reward for one failed rollout of a group, once all `siblings` of the group have ended.
+
+        Raises:
+            RolloutError: too many of the latest rollouts failed, or all of them.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._groups.get(group, ())) >= siblings)
+            scored = [one.reward for one in self._groups[group] if one.reward is not None]
+            if not scored:
+                # A validation's mean is over all prompts, so the neutral reward for this one is that mean.
+                await self._changed.wait_for(lambda: split == "train" or not self._in_flight[split])
+                scored = [one.reward for one in self._latest[split] if one.reward is not None]
+                self._judge(split, scored)
+                return fmean(scored)
+            self._judge(split, scored)
+            if group not in self._given:
+                failed = len(self._groups[group]) - len(scored)
+                self._given[group] = neutral_rewards(scored, failed)
+            given = self._given[group]
+            return given.pop() if given else fmean(scored)
+
+    def _judge(self, split: str, scored: Sequence[float]) -> None:
+        latest = list(self._latest[split])
+        if not scored:
+            raise RolloutError(f"No {_NAMES[split]} rollout could be scored. {describe_failures(latest)}")
+        if split == "train" and len(latest) == JUDGED:
+            refuse_if_too_many_failed(latest, self._allowed)
+
+
+_NAMES = {"train": "training", "val": "validation"}

@@ -1,0 +1,136 @@
+"""verl's own replay buffer (`trainer.v1.sampler.custom_sampler`), which also judges how collecting went.
+
+It samples exactly as verl's does. Around that it does what only the trainer's process can: it ends the run with a clear
+error when Gym does not start, dies, or when too much fails (verl itself would crash on an empty batch, or ask for
+replacements without end), and it hands the figures of the rollouts to the trainer's log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+
+from gymlink.errors import GymlinkError, RolloutError
+from gymlink.rollout import Figures, batch_metrics, describe_failures, refuse_if_too_many_failed
+from gymlink_verl.job import Job
+
+POLL_INTERVAL_S = 0.5
+"""How often finished groups are looked for; verl's own default is 2 s, a third of a short step."""
+SPLITS = {"train": "training", "val": "validation"}
+
+
+def gym_sampler(**given: Any) -> ReplayBuffer:
+    """The replay buffer for the trainer mode that verl asks for, with the settings that verl gives its own one."""
+    kind = GymReplayBuffer if given["trainer_mode"] == "sync" else GymReplayBufferAsync
+    sampler: ReplayBuffer = kind(**given)
+    return sampler
+
+
+class _Judging:
+    """What both replay buffers add to verl's. Mixed in before the class that samples."""
+
+    def __init__(self, *, sampler_kwargs: Mapping[str, Any], refill_fn: Callable[[int], Any], **given: Any) -> None:
+        self._job = Job.of(sampler_kwargs["gymlink"])
+        self._allowed = self._job.settings().rollout.max_failed_fraction
+        self._told: dict[str, list[Figures]] = {split: [] for split in SPLITS}
+        self._judged: list[Figures] = []
+        self._enough = int(sampler_kwargs["train_batch_size"])
+        self._started = False
+        self._refill = refill_fn
+        super().__init__(
+            sampler_kwargs=sampler_kwargs,
+            refill_fn=self._judged_refill,
+            poll_interval=POLL_INTERVAL_S,
+            **_own_settings(sampler_kwargs, given["trainer_mode"]),
+            **given,
+        )
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
+        """A batch, and with verl's figures those of the rollouts that ended since the last one.
+
+        Raises:
+            GymlinkError: Gym did not start or has died, too many rollouts failed, or nothing of the batch was scored.
+        """
+        try:
+            self._wait_for_gym()
+            batch, metrics = self._sampled(global_steps, partition_id, batch_size)
+            metrics |= self._report(partition_id, empty=not batch.keys)
+        except GymlinkError as error:
+            self._job.note(error)
+            raise
+        return batch, metrics
+
+    def _sampled(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
+        try:
+            sampled: tuple[KVBatchMeta, dict[str, Any]] = super().sample(  # type: ignore[misc]
+                global_steps=global_steps, partition_id=partition_id, batch_size=batch_size
+            )
+        except RuntimeError:
+            # verl found no row at all. Why, the job knows better; when it does not, the error is verl's own.
+            self._report(partition_id, empty=True)
+            raise
+        return sampled
+
+    def _report(self, split: str, *, empty: bool) -> dict[str, float]:
+        told = [*self._told[split], *self._job.take(split)]
+        self._told[split] = []
+        if empty and told:
+            raise RolloutError(
+                f"No {SPLITS[split]} rollout of this batch could be used. {describe_failures(told) or 'None failed.'}"
+            )
+        if split == "train":
+            self._judge(told)
+        return batch_metrics(told)
+
+    def _judge(self, told: list[Figures]) -> None:
+        """Asynchronous trainers take batches of few rollouts: those wait until there are enough to judge."""
+        self._judged += told
+        if len(self._judged) >= self._enough:
+            refuse_if_too_many_failed(self._judged, self._allowed)
+            self._judged = []
+
+    def _judged_refill(self, prompts: int) -> Any:
+        """verl replaces groups that failed, without end: stop when that is what most of them do."""
+        self._wait_for_gym()
+        self._told["train"] += self._job.take("train")
+        told = [*self._judged, *self._told["train"]]
+        try:
+            if len(told) >= self._enough:
+                refuse_if_too_many_failed(told, self._allowed)
+        except GymlinkError as error:
+            self._job.note(error)
+            raise
+        return self._refill(prompts)
+
+    def _wait_for_gym(self) -> None:
+        if not self._started:
+            self._job.wait()
+            self._started = True
+
+
+class GymReplayBuffer(_Judging, ReplayBuffer):  # type: ignore[misc]
+    """For the synchronous trainer."""
+
+
+class GymReplayBufferAsync(_Judging, ReplayBufferAsync):  # type: ignore[misc]
+    """For the asynchronous trainers."""
+
+
+def _own_settings(sampler_kwargs: Mapping[str, Any], trainer_mode: str) -> dict[str, Any]:
+    """The settings that verl gives to its own replay buffer and not to a custom one (`PPOTrainer`, 0.9.1)."""
+    groups = sampler_kwargs.get("filter_groups") or {}
+    metric = str(groups["metric"]) if groups.get("enable") else None
+    refill = bool(sampler_kwargs.get("sync_refill_failed_groups"))
+    settings: dict[str, Any] = {"filter_groups_metric": metric, "sync_refill_failed_groups": refill}
+    if trainer_mode != "sync":
+        return settings
+    train_batch_size = sampler_kwargs["train_batch_size"]
+    exact = metric is not None or refill
+    return settings | {
+        "train_batch_size": train_batch_size,
+        "gen_batch_size": 1 if exact else sampler_kwargs.get("gen_batch_size") or train_batch_size,
+        "max_inflight_gen_batches": groups.get("max_inflight_gen_batches", 1) if metric is not None else 1,
+    }
