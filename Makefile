@@ -5,17 +5,23 @@ PYTHON ?= python3
 FRAMEWORK ?= trl
 ARGS ?=
 
+# The demo of each framework. verl itself has nothing that generates on a CPU: its demo runs on the stand-ins for GPUs
+# of our tests. The path is absolute because verl's workers run elsewhere.
+DEMO = gymlink demo --framework $(FRAMEWORK) --output runs/demo
+DEMO_trl = $(DEMO)
+DEMO_verl = env PYTHONPATH="$(CURDIR)/tests/verl_on_cpu" VERL_USE_EXTERNAL_MODULES=verl_on_cpu $(DEMO) -- +verl_on_cpu=on
+
 RUN = exec $(PYTHON) scripts/bootstrap.py --parent $$PPID
 SUITES = exec $(PYTHON) scripts/suites.py --parent $$PPID
 
-.PHONY: help demo test test-core test-trl check bench clean
+.PHONY: help demo test test-core test-trl test-verl check bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: ## train a tiny model in a real NeMo Gym environment (FRAMEWORK=trl), into runs/demo
-	@$(RUN) $(FRAMEWORK) -- gymlink demo --framework $(FRAMEWORK) --output runs/demo
+demo: ## train a tiny model in a real NeMo Gym environment, into runs/demo (FRAMEWORK=trl, or verl on stand-ins for GPUs)
+	@$(RUN) $(FRAMEWORK) -- $(DEMO_$(FRAMEWORK))
 
 test: ## run every suite (ARGS="-k words" goes to pytest, here and below)
 	@$(SUITES) -- $(ARGS)
@@ -25,6 +31,9 @@ test-core: ## run the tests of the core, the docs and the scripts
 
 test-trl: ## run the tests of the TRL plugin, and the whole way through it
 	@$(SUITES) trl -- $(ARGS)
+
+test-verl: ## run the tests of the verl plugin
+	@$(SUITES) verl -- $(ARGS)
 
 check: ## lint, format, types and import rules
 	@$(RUN) trl -- bash scripts/check

@@ -12,7 +12,7 @@ Settings, all from the environment:
     GYMLINK_PYTHON      the interpreter to use: a path, or a version such as 3.12
     GYMLINK_INSTALLER   "uv" or "pip"; by default uv, and pip where uv cannot be had
     PIP_FIND_LINKS      folders of wheels; a torch that lies there is taken (UV_FIND_LINKS likewise)
-    TRL_VERSION         the exact trl to install, and so for every framework
+    TRL_VERSION         the exact trl to install; VERL_VERSION likewise
 
 Exit status: 2 when it was called wrongly or no Python is suitable, 1 when an installation failed, else the command's.
 """
@@ -44,22 +44,31 @@ ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT / ".venvs"
 PRIVATE_UV = ROOT / ".tools" / "uv"
 STAMP = ".gymlink-stamp"
+OLDEST_PYTHON: Version = (3, 11)
 OLDEST_UV = (0, 8)
 OLDEST_PIP = "25.1"  # the first with --group
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 class Environment(NamedTuple):
-    """What goes into `.venvs/<name>`: extras and dependency groups of pyproject.toml."""
+    """What goes into `.venvs/<name>`: extras and dependency groups of pyproject.toml, and the Pythons that they fit.
+
+    `pythons` is in order of preference; `below` is the first Python that is too new.
+    """
 
     extras: tuple[str, ...]
     groups: tuple[str, ...]
+    pythons: tuple[Version, ...] = ((3, 12), (3, 11), (3, 13))
+    below: Version = (4, 0)
+
+    def takes(self, version: Version) -> bool:
+        return OLDEST_PYTHON <= version < self.below
 
 
 ENVIRONMENTS = {
     "trl": Environment(extras=("trl",), groups=("test", "check")),
+    "verl": Environment(extras=("verl",), groups=("test",), pythons=((3, 12), (3, 11)), below=(3, 13)),
 }
-PYTHONS: tuple[Version, ...] = ((3, 12), (3, 11), (3, 13))  # in order of preference
 
 
 class BootstrapError(Exception):
@@ -223,26 +232,33 @@ def find_python(wanted: Sequence[Version], environ: Mapping[str, str]) -> tuple[
     return None
 
 
-def choose_python(torch_wheels: Mapping[Version, str], environ: Mapping[str, str]) -> tuple[str, Version] | None:
-    """The interpreter for the environment: as asked, else one that a local torch wheel fits, else as we prefer.
+def choose_python(
+    name: str, torch_wheels: Mapping[Version, str], environ: Mapping[str, str]
+) -> tuple[str, Version] | None:
+    """The interpreter for an environment: as asked, else one that a local torch wheel fits, else as it prefers.
 
     None when this machine has none of those we would take by ourselves.
     """
     asked = environ.get("GYMLINK_PYTHON", "")
-    if re.fullmatch(r"\d+\.\d+", asked):
-        wanted: Sequence[Version] = [tuple(map(int, asked.split(".")))]
-    elif asked:
-        version = python_version(asked)
-        if version is None:
-            raise BootstrapError(f"GYMLINK_PYTHON={asked!r} does not run, or is not a CPython.", status=2)
-        if version < min(PYTHONS):
-            raise BootstrapError(f"GYMLINK_PYTHON={asked!r} is Python {_dotted(version)}; 3.11 is the oldest.", 2)
-        return asked, version
-    else:
-        wanted = sorted(PYTHONS, key=lambda version: version not in torch_wheels)
-    found = find_python(wanted, environ)
-    if asked and found is None:
-        raise no_python(wanted, environ)
+    if asked:
+        return asked_python(name, asked, environ)
+    return find_python(sorted(ENVIRONMENTS[name].pythons, key=lambda version: version not in torch_wheels), environ)
+
+
+def asked_python(name: str, asked: str, environ: Mapping[str, str]) -> tuple[str, Version]:
+    """The interpreter that GYMLINK_PYTHON asks for, by path or by version."""
+    by_version = re.fullmatch(r"(\d+)\.(\d+)", asked)
+    version = (int(by_version[1]), int(by_version[2])) if by_version else python_version(asked)
+    if version is None:
+        raise BootstrapError(f"GYMLINK_PYTHON={asked!r} does not run, or is not a CPython.", status=2)
+    if not ENVIRONMENTS[name].takes(version):
+        fitting = " or ".join(map(_dotted, sorted(ENVIRONMENTS[name].pythons)))
+        raise BootstrapError(
+            f"GYMLINK_PYTHON={asked!r} is Python {_dotted(version)}, and {name} needs {fitting}.", status=2
+        )
+    found = find_python([version], environ) if by_version else (asked, version)
+    if found is None:
+        raise no_python([version], environ)
     return found
 
 
@@ -353,16 +369,16 @@ def find_uv(stages: Stages, python: str) -> str | None:
     return str(private) if uv_works(str(private)) else None
 
 
-def fetch_python(stages: Stages, uv: str | None) -> tuple[str, Version] | None:
+def fetch_python(stages: Stages, uv: str | None, version: Version) -> tuple[str, Version] | None:
     """Have uv fetch an interpreter into its own folder."""
     if uv is None:
         return None
     try:
-        stages.run(f"fetch Python {_dotted(PYTHONS[0])} with uv", [uv, "python", "install", _dotted(PYTHONS[0])])
+        stages.run(f"fetch Python {_dotted(version)} with uv", [uv, "python", "install", _dotted(version)])
     except BootstrapError:
         stages.say("set-up: it cannot be fetched from here")
         return None
-    return find_python(PYTHONS[:1], stages.environ)
+    return find_python([version], stages.environ)
 
 
 def install_with_uv(stages: Stages, uv: str, python: str, venv: Path, wanted: Sequence[str], *, torch: bool) -> None:
@@ -443,13 +459,13 @@ def make(name: str, environ: Mapping[str, str]) -> None:
     if installer not in ("uv", "pip"):
         raise BootstrapError(f"GYMLINK_INSTALLER={installer!r}: expected 'uv' or 'pip'.", status=2)
 
-    chosen = choose_python(torch_wheels, environ)
+    chosen, pythons = choose_python(name, torch_wheels, environ), ENVIRONMENTS[name].pythons
     if chosen is None and environ.get("UV_PYTHON_DOWNLOADS") == "never":
-        raise no_python(PYTHONS, environ)
+        raise no_python(pythons, environ)
     uv = find_uv(stages, chosen[0] if chosen else sys.executable) if installer == "uv" else None
-    chosen = chosen or fetch_python(stages, uv)
+    chosen = chosen or fetch_python(stages, uv, pythons[0])
     if chosen is None:
-        raise no_python(PYTHONS, environ)
+        raise no_python(pythons, environ)
     python, version = chosen
     wanted = requirements(name, environ)
     torch = torch_wheels.get(version)

@@ -33,6 +33,7 @@ class Suite(NamedTuple):
 SUITES = {
     "core": Suite("trl", ("tests/core", "tests/contract", "tests/docs", "tests/scripts")),
     "trl": Suite("trl", ("tests/plugins/trl", "tests/e2e")),
+    "verl": Suite("verl", ("tests/plugins/verl",)),
 }
 
 

@@ -27,6 +27,7 @@ requires-python = ">=3.11"
 
 [project.optional-dependencies]
 trl = ["six"]
+verl = ["six"]
 
 [dependency-groups]
 test = [{test}]
@@ -64,7 +65,7 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     """A tiny project with the scripts; none of the settings that the surrounding run was started with."""
-    for key in ("GYMLINK_PYTHON", "GYMLINK_INSTALLER", "TRL_VERSION", "UV_RESOLUTION", "PYTHONPATH"):
+    for key in ("GYMLINK_PYTHON", "GYMLINK_INSTALLER", "TRL_VERSION", "VERL_VERSION", "UV_RESOLUTION", "PYTHONPATH"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))  # has uv
     root = tmp_path / "checkout"

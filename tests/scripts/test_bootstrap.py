@@ -70,28 +70,55 @@ class TestPythonChoice:
         for minor in (11, 12, 13):
             program(tmp_path / "bin" / f"python3.{minor}", f"echo cpython 3 {minor}")
         surroundings = {**nowhere(tmp_path), "PATH": str(tmp_path / "bin")}
-        assert bootstrap.choose_python({}, surroundings)[1] == (3, 12)
-        assert bootstrap.choose_python({(3, 13): "2.13.0"}, surroundings)[1] == (3, 13)
-        assert bootstrap.choose_python({(3, 9): "2.13.0"}, surroundings)[1] == (3, 12)
+        assert bootstrap.choose_python("trl", {}, surroundings)[1] == (3, 12)
+        assert bootstrap.choose_python("trl", {(3, 13): "2.13.0"}, surroundings)[1] == (3, 13)
+        assert bootstrap.choose_python("trl", {(3, 9): "2.13.0"}, surroundings)[1] == (3, 12)
         asked = {**surroundings, "GYMLINK_PYTHON": "3.11"}
-        assert bootstrap.choose_python({(3, 13): "2.13.0"}, asked)[1] == (3, 11)
+        assert bootstrap.choose_python("trl", {(3, 13): "2.13.0"}, asked)[1] == (3, 11)
+
+    def test_an_environment_takes_only_pythons_that_it_fits(self, bootstrap: ModuleType, tmp_path: Path) -> None:
+        newest = program(tmp_path / "bin" / "python3.13", "echo cpython 3 13")
+        surroundings = {**nowhere(tmp_path), "PATH": str(tmp_path / "bin")}
+        wheels = {(3, 13): "2.13.0", (3, 11): "2.13.0"}
+        assert bootstrap.choose_python("trl", wheels, surroundings) == (str(newest), (3, 13))
+        assert bootstrap.choose_python("verl", wheels, surroundings) is None
+        for minor in (11, 12):
+            program(tmp_path / "bin" / f"python3.{minor}", f"echo cpython 3 {minor}")
+        assert bootstrap.choose_python("verl", wheels, surroundings)[1] == (3, 11)
+        assert bootstrap.choose_python("verl", {(3, 13): "2.13.0"}, surroundings)[1] == (3, 12)
 
     @pytest.mark.parametrize(
-        ("asked", "message"),
+        ("name", "asked", "message"),
         [
-            ("/no/such/python", "does not run"),
-            ("old", "3.11 is the oldest"),
-            ("3.99", "looked for 3.99"),
+            ("trl", "/no/such/python", "does not run"),
+            ("trl", "python3.9", "is Python 3.9, and trl needs 3.11 or 3.12 or 3.13"),
+            ("trl", "3.9", "is Python 3.9, and trl needs 3.11 or 3.12 or 3.13"),
+            ("trl", "3.99", "looked for 3.99"),
+            ("verl", "python3.13", "is Python 3.13, and verl needs 3.11 or 3.12"),
+            ("verl", "3.13", "is Python 3.13, and verl needs 3.11 or 3.12"),
         ],
     )
     def test_what_was_asked_for_and_cannot_be_is_an_error(
-        self, bootstrap: ModuleType, tmp_path: Path, asked: str, message: str
+        self, bootstrap: ModuleType, tmp_path: Path, name: str, asked: str, message: str
     ) -> None:
-        old = program(tmp_path / "python3.9", "echo cpython 3 9")
-        surroundings = {**nowhere(tmp_path), "GYMLINK_PYTHON": str(old) if asked == "old" else asked}
+        for minor in (9, 13):
+            program(tmp_path / "bin" / f"python3.{minor}", f"echo cpython 3 {minor}")
+        by_path = asked.startswith("python")
+        surroundings = {
+            **nowhere(tmp_path),
+            "PATH": str(tmp_path / "bin"),
+            "GYMLINK_PYTHON": str(tmp_path / "bin" / asked) if by_path else asked,
+        }
         with pytest.raises(bootstrap.BootstrapError, match=message) as caught:
-            bootstrap.choose_python({}, surroundings)
+            bootstrap.choose_python(name, {}, surroundings)
         assert caught.value.status == 2
+
+    def test_a_newer_python_than_we_would_choose_is_taken_when_asked_for(
+        self, bootstrap: ModuleType, tmp_path: Path
+    ) -> None:
+        newer = program(tmp_path / "python3.14", "echo cpython 3 14")
+        asked = {**nowhere(tmp_path), "GYMLINK_PYTHON": str(newer)}
+        assert bootstrap.choose_python("trl", {}, asked) == (str(newer), (3, 14))
 
     def test_own_environments_are_not_searched(self, bootstrap: ModuleType) -> None:
         own = str(bootstrap.VENVS / "trl" / "bin")
@@ -138,9 +165,12 @@ class TestTorchChoice:
         assert "PYTHONPATH" not in for_installers
 
     def test_a_framework_can_be_pinned(self, bootstrap: ModuleType) -> None:
-        assert bootstrap.requirements("trl", {"TRL_VERSION": "1.16.0"})[-1] == "trl==1.16.0"
+        pins = {"TRL_VERSION": "1.16.0", "VERL_VERSION": "0.9.1"}
+        assert bootstrap.requirements("trl", pins)[-1] == "trl==1.16.0"
+        assert bootstrap.requirements("verl", pins)[-1] == "verl==0.9.1"
         assert "trl==1.16.0" not in bootstrap.requirements("trl", {"TRL_VERSION": ""})
         assert bootstrap.fingerprint("trl", {"TRL_VERSION": "1.16.0"}) != bootstrap.fingerprint("trl", {})
+        assert bootstrap.fingerprint("trl", {"VERL_VERSION": "0.9.1"}) == bootstrap.fingerprint("trl", {})
 
 
 class TestMaking:
@@ -187,21 +217,24 @@ class TestMaking:
         assert sum("packages with uv (" in text for text in said) == 1
         assert sum("waiting for another set-up" in text for text in said) == 1
 
-    def test_without_a_python_it_says_where_it_looked(self, checkout: Checkout, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("name", "pythons"), [("trl", "3.12 or 3.11 or 3.13"), ("verl", "3.12 or 3.11")])
+    def test_without_a_python_it_says_where_it_looked(
+        self, checkout: Checkout, tmp_path: Path, name: str, pythons: str
+    ) -> None:
         surroundings = {**nowhere(tmp_path), "UV_PYTHON_DOWNLOADS": "never"}
-        answer = checkout.bootstrap("trl", "--", "true", **surroundings)
+        answer = checkout.bootstrap(name, "--", "true", **surroundings)
         assert answer.returncode == 2
-        assert "looked for 3.12 or 3.11 or 3.13" in answer.stderr
+        assert f"looked for {pythons} in" in answer.stderr
         for searched in surroundings["PATH"], surroundings["PYENV_ROOT"], "GYMLINK_PYTHON=":
             assert searched in answer.stderr
         assert "Traceback" not in answer.stderr
-        assert not (checkout.root / ".venvs" / "trl").exists()
+        assert not (checkout.root / ".venvs" / name).exists()
 
     @pytest.mark.parametrize(
         ("arguments", "surroundings", "message"),
         [
             ((), {}, "usage: "),
-            (("verl2",), {}, "No environment is called 'verl2'; known: trl"),
+            (("verl2",), {}, "No environment is called 'verl2'; known: trl, verl"),
             (("trl",), {"GYMLINK_INSTALLER": "conda"}, "expected 'uv' or 'pip'"),
         ],
     )

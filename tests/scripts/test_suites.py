@@ -36,6 +36,12 @@ def broken(): raise OSError("set-up failed")
 def test_bad_before(broken): pass
 """
 
+IN_VERLS = """\
+import sys
+
+def test_where(): assert sys.prefix.endswith(".venvs/verl")
+"""
+
 WAITS = """\
 import time, pytest
 
@@ -72,23 +78,26 @@ def test_reads_what_pytest_reports(
     assert suites.read(report, run.returncode) == (*counts, remark)
 
 
-def test_prints_a_line_for_each_suite_and_the_counts_last(checkout: Checkout) -> None:
+def test_prints_a_line_for_each_suite_and_the_counts_last(checkout: Checkout, suites: ModuleType) -> None:
     checkout.write_pyproject("pytest")
-    folders = ("core", "contract", "docs", "scripts", "plugins/trl", "e2e")
-    for folder in folders:
-        (checkout.root / "tests" / folder).mkdir(parents=True)
-    (checkout.root / "tests" / "core" / "test_it.py").write_text("def test_one(): pass\ndef test_two(): pass")
+    for suite in suites.SUITES.values():
+        for folder in suite.folders:
+            (checkout.root / folder).mkdir(parents=True)
+    tests = checkout.root / "tests"
+    (tests / "core" / "test_it.py").write_text("def test_one(): pass\ndef test_two(): pass")
+    (tests / "plugins" / "verl" / "test_where.py").write_text(IN_VERLS)
     nothing_in_trl = checkout.script("suites.py")
-    *_, core, trl, total = nothing_in_trl.stdout.splitlines()
+    *_, core, trl, verl, total = nothing_in_trl.stdout.splitlines()
     assert core.startswith("suite core: 2 passed, 0 failed, 0 skipped (")
     assert trl.startswith("suite trl: 0 passed, 1 failed, 0 skipped (")
     assert trl.endswith("no test was collected")
-    assert total == "2 passed, 1 failed, 0 skipped"
+    assert verl.startswith("suite verl: 1 passed, 0 failed, 0 skipped (")
+    assert total == "3 passed, 1 failed, 0 skipped"
     assert nothing_in_trl.returncode == 1
 
-    (checkout.root / "tests" / "e2e" / "test_all.py").write_text("def test_three(): pass")
+    (tests / "e2e" / "test_all.py").write_text("def test_three(): pass")
     good = checkout.script("suites.py")
-    assert good.stdout.splitlines()[-1] == "3 passed, 0 failed, 0 skipped"
+    assert good.stdout.splitlines()[-1] == "4 passed, 0 failed, 0 skipped"
     assert good.returncode == 0
 
     chosen = checkout.script("suites.py", "core", "--", "-k", "one")
@@ -98,7 +107,7 @@ def test_prints_a_line_for_each_suite_and_the_counts_last(checkout: Checkout) ->
 def test_an_unknown_suite_is_status_2(checkout: Checkout) -> None:
     answer = checkout.script("suites.py", "cores")
     assert answer.returncode == 2
-    assert "No suite is called 'cores'; known: core, trl." in answer.stderr
+    assert "No suite is called 'cores'; known: core, trl, verl." in answer.stderr
 
 
 def test_ctrl_c_lets_the_tests_clean_up(checkout: Checkout) -> None:

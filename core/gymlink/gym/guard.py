@@ -6,6 +6,10 @@ or when it is told to stop, it interrupts the command as Ctrl-C would, and after
 daemons included: on Linux it is the subreaper to which they fall. Elsewhere they are known by a variable in their
 environment. It never touches a process that did not come from its command.
 
+The guard is the parent's grandchild: some parents are ended together with their children (Ray kills the children of an
+actor that ends). The child in between waits for the guard, and no longer than the parent lives; without it, the guard
+knows that its parent is gone.
+
 Standard library and psutil only, and no import from gymlink: the guard is up in some 50 ms.
 """
 
@@ -112,10 +116,8 @@ class GuardedProcess:
         if self.wait(GRACE_S + 10) is None:
             self._process.kill()
             self._process.wait()
-        if self._process.returncode < 0:  # the guard itself was killed
-            end(marked(self.mark))
-            if self._remove is not None:
-                shutil.rmtree(self._remove, ignore_errors=True)
+        if self._process.returncode < 0:  # it was killed, and the guard may not have ended yet
+            _clean_up(self.mark, self._remove)
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -139,6 +141,13 @@ def end(processes: Iterable[psutil.Process], patience_s: float = 1.0) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(remaining, timeout=patience_s)
+
+
+def _clean_up(mark: str, remove: Path | None) -> None:
+    """What a guard that was killed can no longer do."""
+    end(marked(mark))
+    if remove is not None:
+        shutil.rmtree(remove, ignore_errors=True)
 
 
 # From here on: inside the guard.
@@ -205,7 +214,9 @@ class _Guard:
 
     def _descendants(self) -> list[psutil.Process]:
         children = psutil.Process().children(recursive=True)
-        return children if self._is_subreaper else [*{*children, *marked(self._mark)}]
+        if self._is_subreaper:
+            return children
+        return [process for process in {*children, *marked(self._mark)} if process.pid != self._parent]
 
 
 def _become_subreaper() -> bool:
@@ -216,6 +227,16 @@ def _become_subreaper() -> bool:
     return False
 
 
+def _wait_for(guard: int, parent: int) -> int:
+    """The guard's exit status (-n for signal n), unless the parent ends before."""
+    while os.getppid() == parent:
+        pid, status = os.waitpid(guard, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(_POLL_S)
+    return 128 + signal.SIGHUP
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--lifeline", type=int, required=True)
@@ -223,6 +244,12 @@ def main() -> int:
     parser.add_argument("--remove", type=Path)
     parser.add_argument("command", nargs="+")
     given = parser.parse_args()
+    parent = os.getppid()
+    if guard := os.fork():
+        status = _wait_for(guard, parent)
+        if status < 0:  # the guard itself was killed
+            _clean_up(given.mark, given.remove)
+        return status if status >= 0 else 128 - status
     try:
         return _Guard(given.command, lifeline=given.lifeline, mark=given.mark).run()
     finally:

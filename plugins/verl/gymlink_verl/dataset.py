@@ -15,7 +15,6 @@ from gymlink.gym import read_rows, readable_messages
 from gymlink_verl.job import Job
 
 Split = Literal["train", "val"]
-SHOWN = 1
 
 
 class GymDataset(Dataset[dict[str, Any]]):
@@ -33,9 +32,9 @@ class GymDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         data_files: str | Sequence[str],
-        tokenizer: Any = None,
+        tokenizer: Any = None,  # noqa: ARG002 - Gym's agents make the messages, and the gateway renders them
         config: Mapping[str, Any] | None = None,
-        processor: Any = None,
+        processor: Any = None,  # noqa: ARG002
         max_samples: int = -1,
     ) -> None:
         files = [data_files] if isinstance(data_files, str) else list(data_files)

@@ -1,8 +1,8 @@
 """One Gym for a verl job: a Ray actor that starts it, and the handle by which the job's other processes reach it.
 
-Whoever needs it first makes it, on its own node: that is the trainer, when it makes its sampler. The actor lives and ends with the
-job; Gym ends with the actor, however that ends. Everything that the job's rollouts came to is told here, and asked for
-here when a step is judged.
+Whoever needs it first makes it, on its own node: that is the trainer, when it makes its sampler. The actor lives and
+ends with the job; Gym ends with the actor, however that ends. What the job's rollouts came to is told here, and asked
+for here when a step is judged.
 """
 
 from __future__ import annotations

@@ -35,9 +35,7 @@ COMPARABLE = 2
 class GymAgentLoop(AgentLoopBase):
     """verl makes one for every rollout; what they share is in `Station`."""
 
-    async def run(  # type: ignore[override]  # several outputs are what the V1 trainer takes
-        self, sampling_params: dict[str, Any], **fields: Any
-    ) -> AgentLoopOutput | list[AgentLoopOutput]:
+    async def run(self, sampling_params: dict[str, Any], **fields: Any) -> AgentLoopOutput | list[AgentLoopOutput]:
         """Run the sample's row in Gym.
 
         Raises:

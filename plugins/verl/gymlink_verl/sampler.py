@@ -29,8 +29,8 @@ def gym_sampler(**given: Any) -> ReplayBuffer:
     return sampler
 
 
-class _Judging:
-    """What both replay buffers add to verl's. Mixed in before the class that samples."""
+class _Judging(ReplayBuffer):
+    """What both replay buffers add to verl's. Stands before the class that samples."""
 
     def __init__(self, *, sampler_kwargs: Mapping[str, Any], refill_fn: Callable[[int], Any], **given: Any) -> None:
         self._job = Job.of(sampler_kwargs["gymlink"])
@@ -65,7 +65,7 @@ class _Judging:
 
     def _sampled(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         try:
-            sampled: tuple[KVBatchMeta, dict[str, Any]] = super().sample(  # type: ignore[misc]
+            sampled: tuple[KVBatchMeta, dict[str, Any]] = super().sample(
                 global_steps=global_steps, partition_id=partition_id, batch_size=batch_size
             )
         except RuntimeError:
@@ -111,11 +111,11 @@ class _Judging:
             self._started = True
 
 
-class GymReplayBuffer(_Judging, ReplayBuffer):  # type: ignore[misc]
+class GymReplayBuffer(_Judging):
     """For the synchronous trainer."""
 
 
-class GymReplayBufferAsync(_Judging, ReplayBufferAsync):  # type: ignore[misc]
+class GymReplayBufferAsync(_Judging, ReplayBufferAsync):
     """For the asynchronous trainers."""
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 import gymlink
 from gymlink import demo
-from gymlink.demo import DemoResult, environments_root
+from gymlink.cli import app
+from gymlink.demo import DemoRequest, DemoResult, environments_root
+from gymlink.hookspecs import Framework
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +41,7 @@ def test_help_names_the_commands_and_starts_quickly() -> None:
         (("train", "trl", "--config", "/no/such/run.yaml"), "/no/such/run.yaml"),
         (("demo", "--framework", "nothing"), "No framework is called 'nothing'"),
         (("demo", "--steps", "0"), "Input should be greater than or equal to 1"),
+        (("demo", "--setps", "3"), "No such option: --setps"),
         (("nonsense",), "No such command 'nonsense'"),
     ],
 )
@@ -95,6 +99,29 @@ def test_the_summary_has_the_means_of_the_ends() -> None:
 def test_what_must_hold_is_checked(changes: dict[str, object], said: str | None) -> None:
     problems = demo._problems(result(**changes).summary(1.0))
     assert [said in problem for problem in problems] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("given", "passed_on"),
+    [
+        ((), ()),
+        (("--", "+device=cpu", "--seed", "3"), ("+device=cpu", "--seed", "3")),
+    ],
+)
+def test_what_follows_two_dashes_goes_to_the_demos_trainer(
+    given: tuple[str, ...], passed_on: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[DemoRequest] = []
+
+    def train(request: DemoRequest) -> DemoResult:
+        requests.append(request)
+        return result()
+
+    monkeypatch.setattr(demo, "find_framework", lambda name: Framework(name, name, "", name, "", "", demo="here:train"))
+    monkeypatch.setattr(demo, "resolve", {"here:train": train}.__getitem__)
+    done = CliRunner().invoke(app, ["demo", "--steps", "10", "--output", str(tmp_path), *given])
+    assert done.exit_code == 0, done.output
+    assert [(request.steps, request.arguments) for request in requests] == [(10, passed_on)]
 
 
 def test_the_curve_is_drawn_and_shown(tmp_path: Path) -> None:

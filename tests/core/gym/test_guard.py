@@ -100,13 +100,23 @@ def test_what_a_command_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     process.stop()
 
 
-def test_stop_cleans_up_after_a_guard_that_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("generation", [0, 1])
+def test_stop_cleans_up_after_a_guard_that_was_killed(tmp_path: Path, generation: int) -> None:
     process = start(tmp_path, "polite")
     processes = tree(tmp_path)
-    os.kill(process.pids[0], signal.SIGKILL)
+    os.kill(process.pids[generation], signal.SIGKILL)
     process.stop()
     assert gone(processes, 5)
     assert marked(process.mark) == []
+
+
+def test_a_parent_that_kills_its_children_does_not_kill_the_guard(tmp_path: Path) -> None:
+    process = start(tmp_path, "polite")
+    processes = tree(tmp_path)
+    (child,) = psutil.Process().children()
+    child.kill()
+    assert gone(processes, 10)
+    process.stop()
 
 
 @pytest.mark.parametrize("whole_group", [False, True])

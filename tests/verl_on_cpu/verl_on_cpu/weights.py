@@ -21,21 +21,24 @@ class QueueCheckpointEngine(CheckpointEngine):
     """Whole state dicts through a queue."""
 
     def __init__(self, bucket_size: int, is_master: bool = False) -> None:
-        self._own = Queue(actor_options={"num_cpus": 0}) if is_master else None
+        self._master = is_master
+        self._own: Queue | None = None
         self._queue: Queue | None = None
         self._receivers = 0
 
     def prepare(self) -> dict[str, Any]:
+        if self._master and self._own is None:
+            self._own = Queue(actor_options={"num_cpus": 0})
         return {"queue": self._own}
 
     @classmethod
     def build_topology(
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[dict[str, Any]]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        each = {"queue": metadata[0]["queue"], "receivers": rollout_world_size}
-        return tuple(
-            {name: [value] * size for name, value in each.items()} for size in (actor_wg_world_size, rollout_world_size)
-        )  # type: ignore[return-value]
+        def each(size: int) -> dict[str, list[Any]]:
+            return {"queue": [metadata[0]["queue"]] * size, "receivers": [rollout_world_size] * size}
+
+        return each(actor_wg_world_size), each(rollout_world_size)
 
     def init_process_group(self, *, queue: Queue, receivers: int) -> None:
         self._queue, self._receivers = queue, receivers
