@@ -6,6 +6,7 @@ This module knows stages, figures and files; the trainer's part is behind its pl
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from gymlink.report import Reporter
 ENDS = 5
 """`reward_first` and `reward_last` are means over this many steps."""
 
-MAX_LOGPROB_ERROR = 1e-4
+MAX_ERROR = 1e-4
 SETUP_STARTED = "GYMLINK_SETUP_STARTED"
 """Environment variable: the unix time at which set-up began, when something before this program did a part of it."""
 
@@ -49,7 +50,11 @@ class DemoRequest:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What a plugin's demo measured. `rewards` has the mean reward of each step; times are in seconds."""
+    """What a plugin's demo measured. `rewards` has the mean reward of each step; times are in seconds.
+
+    `max_logprob_error` and `max_prob_error` are the largest differences between a token's log probability, or its
+    probability, as sampled and as the trainer recomputes it; None where a trainer does not tell it.
+    """
 
     framework: str
     framework_version: str
@@ -63,7 +68,8 @@ class DemoResult:
     tokens_sampled: int
     tokens_trained: int
     tokens_dropped: int
-    max_logprob_error: float
+    max_logprob_error: float | None
+    max_prob_error: float | None
     seconds_train: float
 
     def summary(self, seconds_setup: float) -> dict[str, object]:
@@ -129,11 +135,12 @@ def run_demo(
 def _problems(summary: Mapping[str, object]) -> Sequence[str]:
     figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     accounted = figures["tokens_trained"] + figures["tokens_dropped"]
+    errors = [figures[name] for name in ("max_logprob_error", "max_prob_error") if name in figures]
+    error = next((one for one in errors if not one <= MAX_ERROR), 0.0 if errors else math.nan)
     checks = {
         f"{figures['failed']} rollouts failed": figures["failed"] == 0,
         f"{figures['prefix_breaks']} prompts did not extend what was sampled": figures["prefix_breaks"] == 0,
-        f"sampled and recomputed logprobs differ by {figures['max_logprob_error']:.2g}, more than "
-        f"{MAX_LOGPROB_ERROR:g}": figures["max_logprob_error"] <= MAX_LOGPROB_ERROR,
+        f"sampled and recomputed probabilities differ by {error:.2g}, more than {MAX_ERROR:g}": error <= MAX_ERROR,
         f"{figures['tokens_sampled']} tokens were sampled and {accounted} are accounted for": (
             accounted == figures["tokens_sampled"]
         ),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from trl import GRPOConfig, GRPOTrainer
 
+from gymlink_tiny import save_tiny
 from gymlink_trl import GymRollout, gym_dataset, gym_reward
-from gymlink_trl.tiny import save_tiny
 
 HERE = Path(__file__).resolve().parent
 ROWS = HERE.parent / "environments" / "resources_servers" / "keypad" / "data"

@@ -7,8 +7,8 @@ import torch
 
 from gymlink.testing import EngineContract
 from gymlink.types import Sampling
+from gymlink_tiny import make_model, make_tokenizer
 from gymlink_trl.engine import LiveModelEngine
-from gymlink_trl.tiny import make_model, make_tokenizer
 
 
 class TestLiveModelEngine(EngineContract):

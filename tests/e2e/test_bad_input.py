@@ -22,7 +22,7 @@ class Run:
     """A run file with all it needs, right until a test breaks one thing."""
 
     def __init__(self, folder: Path) -> None:
-        from gymlink_trl.tiny import save_tiny
+        from gymlink_tiny import save_tiny
 
         self.folder = folder
         self.model = save_tiny(folder / "model")

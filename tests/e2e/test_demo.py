@@ -21,7 +21,7 @@ MARK = "GYMLINK_TEST_MARK"
 SUMMARY_KEYS = {
     "framework", "framework_version", "gym_version", "environment", "steps", "rollouts", "failed", "reward_first",
     "reward_last", "prefix_breaks", "tokens_sampled", "tokens_trained", "tokens_dropped", "max_logprob_error",
-    "seconds_setup", "seconds_train",
+    "max_prob_error", "seconds_setup", "seconds_train",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gymlink_trl.tiny import main
+from gymlink_tiny import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.gym]
 

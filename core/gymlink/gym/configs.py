@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -151,35 +150,6 @@ def server_instances(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str,
         folder, settings = next(iter(by_folder.items()))
         if isinstance(settings, Mapping) and "entrypoint" in settings:
             yield name, kind, folder, settings
-
-
-def hydra_override(path: str, value: Any) -> Iterator[str]:
-    """`++path=value` in Hydra's grammar (https://hydra.cc/docs/advanced/override_grammar/basic/).
-
-    A mapping becomes one override for each of its leaves, since Hydra cannot quote the keys of one.
-    """
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from hydra_override(f"{path}.{key}", item)
-    else:
-        yield f"++{path}={hydra_value(value)}"
-
-
-def hydra_value(value: Any) -> str:
-    """A value in Hydra's grammar; every string is quoted, so none is taken for a number or a list."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool | int | float):
-        return json.dumps(value)
-    if isinstance(value, str):
-        # Backslashes count only before a quote.
-        escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
-        return "'" + re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped) + "'"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{hydra_value(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, Sequence):
-        return "[" + ",".join(hydra_value(item) for item in value) + "]"
-    raise ConfigError(f"gym.overrides: cannot pass {value!r} ({type(value).__name__}) to Gym; use plain YAML values.")
 
 
 def _ask(

@@ -33,7 +33,7 @@ from uv import find_uv_bin
 
 from gymlink.config import GymSettings
 from gymlink.errors import ConfigError, GymError, GymStartError
-from gymlink.gym.configs import POLICY_KEY_VARIABLE, Plan, hydra_override, hydra_value, plan, server_instances
+from gymlink.gym.configs import POLICY_KEY_VARIABLE, Plan, plan, server_instances
 from gymlink.gym.guard import GuardedProcess
 from gymlink.gym.install import (
     REPORT_EVERY_S,
@@ -44,6 +44,7 @@ from gymlink.gym.install import (
     prepare_gym,
     prepare_server,
 )
+from gymlink.hydra import hydra_override, hydra_value
 
 AGENTS = "responses_api_agents"
 LINKED = (AGENTS, "responses_api_models", "resources_servers", "environments", "benchmarks", "env.yaml")

@@ -16,11 +16,11 @@ from transformers import PrinterCallback, TrainerCallback
 from gymlink.config import parse_settings
 from gymlink.demo import DemoRequest, DemoResult
 from gymlink.errors import PluginError
+from gymlink_tiny import make_model, make_tokenizer
 from gymlink_trl.dataset import gym_dataset
 from gymlink_trl.quiet import quiet_trainer
 from gymlink_trl.rollout import GymRollout, gym_reward
 from gymlink_trl.support import freeze_garbage
-from gymlink_trl.tiny import make_model, make_tokenizer
 
 ENVIRONMENT = "keypad"
 STEPS = 40
@@ -113,6 +113,7 @@ def run(request: DemoRequest) -> DemoResult:
         tokens_trained=totals.tokens_trained,
         tokens_dropped=totals.tokens_dropped,
         max_logprob_error=float(rollout.max_logprob_error or 0.0),
+        max_prob_error=None,
         seconds_train=round(seconds, 2),
     )
 

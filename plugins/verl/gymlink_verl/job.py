@@ -8,23 +8,26 @@ for here when a step is judged.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
 
 from gymlink.config import GatewaySettings, Settings, load_settings
 from gymlink.errors import ConfigError, GymlinkError, GymStartError
 from gymlink.host import GymHost, HostedGym
+from gymlink.report import Reporter
 from gymlink.rollout import Figures, Recorder
+from gymlink_verl.launch import ERROR_FILE, note_error
 from gymlink_verl.legacy import NeutralRewards
 
 ACTOR = "gymlink"
 """The actor's name, in the job's own Ray namespace."""
-ERROR_FILE = "error.txt"
-"""In the run's folder: why the run was stopped, for whoever started it."""
+SAYS = "gymlink: "
+"""What the actor prints begins with this."""
 
 
 class JobActor:
@@ -35,7 +38,7 @@ class JobActor:
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         (self._run_dir / ERROR_FILE).unlink(missing_ok=True)
-        self._host = GymHost(settings, self._run_dir, front=front, report=_say)
+        self._host = GymHost(settings, self._run_dir, front=front, report=_reporter())
         self._recorder = Recorder(self._run_dir / "rollouts.jsonl", detail=settings.rollout.record)
         self._starting: asyncio.Task[HostedGym] | None = None
         self._agents: set[str] = set()
@@ -70,10 +73,10 @@ class JobActor:
             gym = await asyncio.shield(self._start())
             _check_agents(self._agents, gym.agents)
         except GymlinkError as error:
-            self._note(error)
+            note_error(self._run_dir, error)
             raise
         except Exception as error:
-            self._note(error)
+            note_error(self._run_dir, error)
             raise GymStartError(f"Gym could not be started: {type(error).__name__}: {error}") from error
         return gym
 
@@ -91,12 +94,9 @@ class JobActor:
         taken, self._ended[split] = self._ended[split], []
         return taken
 
-    async def note(self, error: str) -> None:
-        """Leave word of why the run is being stopped."""
-        (self._run_dir / ERROR_FILE).write_text(error + "\n", encoding="utf-8")
-
-    def _note(self, error: Exception) -> None:
-        (self._run_dir / ERROR_FILE).write_text(f"{error}\n", encoding="utf-8")
+    async def note(self, error: Exception) -> None:
+        """Leave word of why the run is being stopped; `gymlink_verl.train` reads it."""
+        note_error(self._run_dir, error)
 
     # The legacy trainer takes a reward for every rollout, the failed ones too.
 
@@ -110,7 +110,7 @@ class JobActor:
         try:
             return await self._neutral.reward(split, group, siblings)
         except GymlinkError as error:
-            self._note(error)
+            note_error(self._run_dir, error)
             raise
 
 
@@ -149,7 +149,7 @@ class Job:
         return settings
 
     def note(self, error: GymlinkError) -> None:
-        ray.get(self.actor.note.remote(str(error)))
+        ray.get(self.actor.note.remote(error))
 
 
 _job: Job | None = None
@@ -203,5 +203,7 @@ def _check_agents(wanted: Collection[str], running: Collection[str]) -> None:
         )
 
 
-def _say(text: str) -> None:
-    print(f"gymlink: {text}", flush=True)  # noqa: T201 - Ray shows an actor's output to whoever started the job
+def _reporter() -> Callable[[str], None]:
+    """Ray shows what an actor prints to whoever started the job."""
+    say = Reporter(Console(force_terminal=False))
+    return lambda text: say(f"{SAYS}{text}")

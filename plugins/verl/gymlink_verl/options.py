@@ -46,7 +46,7 @@ class Options:
 
 
 def read_options(config: Any, eos: int | None) -> Options:
-    """From verl's whole configuration; `eos` is the tokenizer's end-of-sequence token.
+    """From verl's whole configuration; `eos` is the id of the tokenizer's end-of-sequence token.
 
     Raises:
         ConfigError: a setting that cannot work with rollouts from Gym.

@@ -71,6 +71,7 @@ def result(**changes: object) -> DemoResult:
         "tokens_trained": 8,
         "tokens_dropped": 2,
         "max_logprob_error": 1e-6,
+        "max_prob_error": None,
         "seconds_train": 2.0,
     }
     return DemoResult(**{**fields, **changes})  # type: ignore[arg-type]
@@ -90,8 +91,11 @@ def test_the_summary_has_the_means_of_the_ends() -> None:
         ({}, None),
         ({"failed": 1}, "1 rollouts failed"),
         ({"prefix_breaks": 2}, "2 prompts did not extend"),
-        ({"max_logprob_error": 1e-3}, "logprobs differ by 0.001"),
-        ({"max_logprob_error": float("nan")}, "logprobs differ by nan"),
+        ({"max_logprob_error": 1e-3}, "probabilities differ by 0.001"),
+        ({"max_prob_error": 1e-3}, "probabilities differ by 0.001"),
+        ({"max_logprob_error": float("nan")}, "probabilities differ by nan"),
+        ({"max_prob_error": float("nan")}, "probabilities differ by nan"),
+        ({"max_logprob_error": None}, "probabilities differ by nan"),
         ({"tokens_trained": 7}, "10 tokens were sampled and 9 are accounted for"),
         ({"rewards": [0.5] * 10}, "the reward did not rise"),
     ],

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gymlink.errors import ConfigError
-from gymlink.gym import check_rows, read_rows
+from gymlink.gym import check_rows, read_rows, readable_messages
 
 GOOD: dict[str, Any] = {"responses_create_params": {"input": [{"role": "user", "content": "hi"}]}}
 
@@ -76,3 +76,12 @@ def test_the_rows_of_the_example_environments_are_good() -> None:
     assert len(files) >= 5
     for file in files:
         assert list(check_rows(file, ["keypad_agent", "stockroom_agent"])) == [f"{file.parents[1].name}_agent"]
+
+
+def test_an_input_is_readable_whatever_it_holds() -> None:
+    odd = [3, "text", {"role": "user", "content": [{"text": "a"}, {"text": None}, "b"]}, {"type": "x", "content": None}]
+    messages = readable_messages({"responses_create_params": {"input": odd}})
+    assert [message["content"] for message in messages] == ["3", "text", "ab", '{"type":"x","content":null}']
+    assert [message["role"] for message in messages] == ["user", "user", "user", "x"]
+    assert readable_messages({"responses_create_params": {"input": "plain"}}) == [{"role": "user", "content": "plain"}]
+    assert readable_messages({"responses_create_params": {"input": []}}) == [{"role": "user", "content": ""}]

@@ -24,7 +24,7 @@ from gymlink.align import build_segments
 from gymlink.config import Settings
 from gymlink.engines.base import Engine
 from gymlink.types import ForkCause, Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling, Turn
-from gymlink_trl.tiny import make_model, make_tokenizer
+from gymlink_tiny import make_model, make_tokenizer
 
 torch.set_num_threads(1)
 

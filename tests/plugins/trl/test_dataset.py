@@ -13,7 +13,7 @@ from datasets import concatenate_datasets, load_from_disk
 from trl.data_utils import is_conversational
 
 from gymlink.errors import ConfigError
-from gymlink_trl.dataset import ROW_KEY, gym_dataset, load_rows, messages, row_reference
+from gymlink_trl.dataset import ROW_KEY, gym_dataset, load_rows, row_reference
 
 
 def row(given: Any, agent: str = "one") -> dict[str, Any]:
@@ -48,11 +48,6 @@ def test_whatever_an_input_holds_it_can_be_read(tmp_path: Path) -> None:
     ]
     dataset = gym_dataset(write(tmp_path / "rows.jsonl", *map(row, odd)))
     assert [prompt[0]["content"] for prompt in dataset["prompt"]] == ["seenplain", '{"role":"user","content":null}']
-    assert [message["content"] for message in messages([3, "text", {"role": "user", "content": "x"}])] == [
-        "3",
-        "text",
-        "x",
-    ]
 
 
 def test_the_reference_survives_what_datasets_and_the_trainer_do(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 from gymlink.engines.base import Engine
 from gymlink.errors import ContextOverflowError, EngineError, PluginError
 from gymlink.types import Generation, Sampling
+from gymlink_tiny import make_model
 from gymlink_trl.engine import LiveModelEngine
 from gymlink_trl.logprobs import SampledRow, max_logprob_error
-from gymlink_trl.tiny import make_model
 
 EIGHT = Sampling(max_tokens=8)
 

@@ -15,8 +15,8 @@ import yaml
 
 from gymlink.demo import environments_root
 from gymlink.errors import ConfigError, PluginError
+from gymlink_tiny import save_tiny
 from gymlink_trl.launch import check_files, train
-from gymlink_trl.tiny import save_tiny
 from gymlink_trl.train import parse, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")

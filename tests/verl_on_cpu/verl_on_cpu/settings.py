@@ -26,6 +26,8 @@ _MODEL: dict[str, Any] = {
 }
 
 ON: dict[str, Any] = {
+    # The legacy trainer takes a checkpoint engine other than "naive" for a rollout on other machines.
+    "verl_on_cpu": {"weights": {"True": NAME, "False": "naive"}},
     "ray_kwargs": {
         "ray_init": {
             "address": "local",  # never a cluster that happens to run on this machine
@@ -54,8 +56,11 @@ ON: dict[str, Any] = {
             "use_torch_compile": False,
             "fsdp_config": _FSDP,
         },
-        # verl offloads a forward-only model to pinned memory, which there is none of.
-        "ref": {"fsdp_config": {**_FSDP, "forward_only": False}},
+        # verl offloads a forward-only model to pinned memory, which there is none of; any other gets an optimizer.
+        "ref": {
+            "fsdp_config": {**_FSDP, "forward_only": False},
+            "optim": {"_target_": "verl.workers.config.FSDPOptimizerConfig", "lr": 0.0},
+        },
         "rollout": {
             "name": NAME,
             "dtype": "float32",
@@ -63,7 +68,10 @@ ON: dict[str, Any] = {
             "n_gpus_per_node": 1,
             "tensor_model_parallel_size": 1,
             "free_cache_engine": False,
-            "checkpoint_engine": {"backend": NAME, "custom_backend_module": "verl_on_cpu.weights"},
+            "checkpoint_engine": {
+                "backend": "${oc.select:verl_on_cpu.weights.${trainer.use_v1}}",
+                "custom_backend_module": "verl_on_cpu.weights",
+            },
             "agent": {"num_workers": 1},
         },
     },

@@ -1,6 +1,6 @@
 """A tokenizer and a model of about 200 000 parameters, made on the spot: nothing is downloaded.
 
-    python -m gymlink_trl.tiny FOLDER
+    python -m gymlink_tiny FOLDER
 
 For the demo, the examples and tests. The chat format is plain ChatML with byte-level BPE, so every text has tokens and
 every token has bytes; the model is a Qwen2 with random weights.
@@ -79,13 +79,9 @@ def save_tiny(folder: Path, corpus: Iterable[str] = CORPUS, *, seed: int = 0) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program: write a tiny model to the folder that is named."""
-    parser = argparse.ArgumentParser(prog="python -m gymlink_trl.tiny", description="Write a tiny random chat model.")
+    parser = argparse.ArgumentParser(prog="python -m gymlink_tiny", description="Write a tiny random chat model.")
     parser.add_argument("folder", type=Path, help="where the model and its tokenizer go; made when missing")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     given = parser.parse_args(arguments)
     save_tiny(given.folder, seed=given.seed)
     print(f"A tiny model is in {given.folder}")  # noqa: T201 - this is a program
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m gymlink_tiny FOLDER`."""
+
+from gymlink_tiny import main
+
+main()
