@@ -8,6 +8,7 @@ for here when a step is judged.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from gymlink_verl.legacy import NeutralRewards
 
 ACTOR = "gymlink"
 """The actor's name, in the job's own Ray namespace."""
+GYM_FILE = "gym.json"
+"""In the run's folder: version and agents of the Gym that served the run."""
 SAYS = "gymlink: "
 """What the actor prints begins with this."""
 
@@ -38,7 +41,8 @@ class JobActor:
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         (self._run_dir / ERROR_FILE).unlink(missing_ok=True)
-        self._host = GymHost(settings, self._run_dir, front=front, report=_reporter())
+        self._report = _reporter()
+        self._host = GymHost(settings, self._run_dir, front=front, report=self._report)
         self._recorder = Recorder(self._run_dir / "rollouts.jsonl", detail=settings.rollout.record)
         self._starting: asyncio.Task[HostedGym] | None = None
         self._agents: set[str] = set()
@@ -59,8 +63,15 @@ class JobActor:
 
     def _start(self) -> asyncio.Task[HostedGym]:
         if self._starting is None:
-            self._starting = asyncio.create_task(self._host.start())
+            self._starting = asyncio.create_task(self._bring_up())
         return self._starting
+
+    async def _bring_up(self) -> HostedGym:
+        gym = await self._host.start()
+        told = {"gym_version": gym.gym_version, "agents": sorted(gym.agents)}
+        (self._run_dir / GYM_FILE).write_text(json.dumps(told) + "\n", encoding="utf-8")
+        self._report(f"Gym runs, with {', '.join(sorted(gym.agents))}")
+        return gym
 
     async def hosted(self) -> HostedGym:
         """The Gym, once it runs.

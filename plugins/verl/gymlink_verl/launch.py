@@ -16,10 +16,12 @@ from typing import IO
 from gymlink import errors
 from gymlink.errors import GymlinkError, RolloutError
 from gymlink.gym.guard import GuardedProcess
+from gymlink.gym.install import last_lines
 
 ERROR_FILE = "error.txt"
 """In the run's folder: why the run was stopped, for whoever started it."""
 POLL_S = 0.2
+LAST_LINES = 8
 
 
 def run_verl(
@@ -27,6 +29,7 @@ def run_verl(
     *,
     run_dir: Path,
     output: IO[bytes],
+    log: Path | None = None,
     env: Mapping[str, str] | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
@@ -36,6 +39,7 @@ def run_verl(
         overrides: for verl's `ppo_trainer` configuration.
         run_dir: what the overrides have as `gymlink.run_dir`.
         output: takes what verl says.
+        log: where that can be read afterwards, when it is a file.
         env: added to this process's environment.
         meanwhile: called a few times a second while verl runs.
 
@@ -59,9 +63,13 @@ def run_verl(
     if meanwhile is not None:
         meanwhile()
     if status:
-        raise noted_error(run_dir) or RolloutError(
-            f"verl ended with exit status {status}; what it said before tells why."
-        )
+        raise noted_error(run_dir) or RolloutError(f"verl ended with exit status {status}{_said(log)}")
+
+
+def _said(log: Path | None) -> str:
+    if log is None:
+        return "; what it said before tells why."
+    return f". {log} ends with:\n" + last_lines(log, LAST_LINES)
 
 
 def note_error(run_dir: Path, error: Exception) -> None:

@@ -1,0 +1,189 @@
+"""The demo: verl's own `main_ppo` teaches a tiny random model to type digits on a keypad, in a real Gym environment.
+
+Everything is real but the model's size. verl wants an accelerator; without one, the options after `--` must say what to
+train on instead (in a checkout, `make demo FRAMEWORK=verl` gives the CPU stand-ins of its tests).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from gymlink.demo import DemoRequest, DemoResult
+from gymlink.errors import PluginError, RolloutError
+from gymlink_verl.job import GYM_FILE, SAYS
+from gymlink_verl.launch import run_verl
+from gymlink_verl.train import overrides_of
+
+ENVIRONMENT = "keypad"
+STEPS = 40
+PROMPTS_A_STEP = 4
+GENERATIONS = 8
+TOKENS_A_TURN = 8
+LEARNING_RATE = 1e-2
+CORPUS = ("system user assistant", "door 1. type digits", "digits: 2. type digits", "0 1 2 3 4 5 6 7 8 9")
+"""What the tokenizer's merges are learnt from: short prompts make short steps."""
+LOG = "verl.log"
+
+
+def run(request: DemoRequest) -> DemoResult:
+    """Train `keypad` as `request` asks.
+
+    Raises:
+        PluginError: there is no accelerator, and no option says what to train on.
+        GymlinkError: Gym did not start, too many rollouts failed, or verl ended with an error.
+    """
+    _check_device(request)
+    from gymlink_tiny import save_tiny
+
+    steps = request.steps or STEPS
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        values = _run_file(request, folder, model=save_tiny(folder / "model", CORPUS), steps=steps)
+        watch = _Watch(request, folder / "metrics.jsonl", steps)
+        path = request.output / LOG
+        with path.open("wb") as log:
+            run_verl(
+                [*overrides_of(values), *request.arguments],
+                run_dir=request.output,
+                output=log,
+                log=path,
+                env={"VERL_FILE_LOGGER_PATH": str(watch.metrics)},
+                meanwhile=watch.look,
+            )
+    return watch.result(steps)
+
+
+def _check_device(request: DemoRequest) -> None:
+    import torch
+
+    if not torch.cuda.is_available() and not request.arguments:
+        raise PluginError(
+            "verl needs an accelerator, and torch finds none. In a checkout, `make demo FRAMEWORK=verl` trains on the "
+            "CPU; elsewhere, give verl's own settings for your device after --."
+        )
+
+
+def _run_file(request: DemoRequest, folder: Path, *, model: Path, steps: int) -> dict[str, Any]:
+    """The run as a run file would say it."""
+    server = request.environments / "resources_servers" / ENVIRONMENT
+    gym = {"config_paths": [str(server / "configs" / f"{ENVIRONMENT}.yaml")], "root": str(request.environments)}
+    gym_config = folder / "gym.yaml"
+    gym_config.write_text(yaml.safe_dump({"gym": gym}), encoding="utf-8")
+    return {
+        "gym_config": gym_config,
+        "train_file": server / "data" / "train.jsonl",
+        "model_name_or_path": model,
+        "output_dir": str(folder / "verl"),
+        "max_turn_tokens": TOKENS_A_TURN,
+        "gymlink": {"run_dir": str(request.output.absolute())},
+        "algorithm": {"adv_estimator": "grpo"},
+        "data": {
+            "train_batch_size": PROMPTS_A_STEP,
+            "max_prompt_length": 64,
+            "max_response_length": 64,
+            "dataloader_num_workers": 0,
+        },
+        "actor_rollout_ref": {
+            "actor": {
+                "ppo_mini_batch_size": PROMPTS_A_STEP,
+                "use_dynamic_bsz": True,
+                "optim": {"lr": LEARNING_RATE},
+            },
+            "rollout": {
+                "n": GENERATIONS,
+                "tensor_model_parallel_size": 1,
+                "agent": {"num_workers": 1},
+                **({} if request.arguments else {"name": "vllm"}),
+            },
+        },
+        "trainer": {
+            "n_gpus_per_node": 1,
+            "total_training_steps": steps,
+            "total_epochs": 1_000_000,  # the steps decide
+            "save_freq": -1,
+            "resume_mode": "disable",
+            "logger": ["console", "file"],
+        },
+    }
+
+
+class _Watch:
+    """Reads what verl says and logs, as it grows, and passes it on."""
+
+    def __init__(self, request: DemoRequest, metrics: Path, steps: int) -> None:
+        self.metrics = metrics
+        self._request = request
+        self._steps = steps
+        self._lines = _Lines(metrics)
+        self._said = _Lines(request.output / LOG)
+        self._seen: list[Mapping[str, float]] = []
+        self._started: float | None = None
+        self._ended = 0.0
+        request.report("starting verl")
+
+    def look(self) -> None:
+        for line in self._said.new():
+            _, says, text = line.partition(SAYS)
+            if says:
+                self._request.report(text)
+        for line in self._lines.new():
+            logged = json.loads(line)
+            self._step(int(logged["step"]), {key: float(value) for key, value in logged["data"].items()})
+
+    def _step(self, step: int, figures: Mapping[str, float]) -> None:
+        if self._started is None:
+            self._started = time.perf_counter() - figures["timing_s/step"]
+            self._request.on_start(self._steps)
+        self._ended = time.perf_counter()
+        self._seen.append(figures)
+        self._request.on_step({"step": float(step), "reward": figures["rollout/reward_mean"], **figures})
+
+    def result(self, steps: int) -> DemoResult:
+        if self._started is None:
+            raise RolloutError(f"verl ended without a step; {self._request.output / LOG} has what it said.")
+        return DemoResult(
+            framework="verl",
+            framework_version=version("verl"),
+            gym_version=str(json.loads((self._request.output / GYM_FILE).read_text(encoding="utf-8"))["gym_version"]),
+            environment=ENVIRONMENT,
+            steps=steps,
+            rollouts=self._sum("count"),
+            failed=self._sum("failed"),
+            rewards=[figures["rollout/reward_mean"] for figures in self._seen],
+            prefix_breaks=self._sum("prefix_breaks"),
+            tokens_sampled=self._sum("tokens_sampled"),
+            tokens_trained=self._sum("tokens_trained"),
+            tokens_dropped=self._sum("tokens_dropped"),
+            max_logprob_error=None,
+            max_prob_error=max(figures["training/rollout_probs_diff_max"] for figures in self._seen),
+            seconds_train=round(self._ended - self._started, 2),
+        )
+
+    def _sum(self, name: str) -> int:
+        return int(sum(figures[f"rollout/{name}"] for figures in self._seen))
+
+
+class _Lines:
+    """The whole lines of a file that grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        end = text.rfind(b"\n") + 1
+        self._offset += end
+        return text[:end].decode(errors="replace").splitlines()
