@@ -30,6 +30,29 @@ SETUP_STARTED = "GYMLINK_SETUP_STARTED"
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """What every trainer's demo trains: settings under which the reward always rises from about 0.1 to 1.0 within the
+    steps. `corpus` is what the tokenizer's merges are learnt from: short prompts make short steps.
+    """
+
+    environment: str = "keypad"
+    steps: int = 40
+    prompts_a_step: int = 4
+    generations: int = 8
+    tokens_a_turn: int = 8
+    learning_rate: float = 1e-2
+    corpus: Sequence[str] = (
+        "system user assistant",
+        "door 1. type digits",
+        "digits: 2. type digits",
+        "0 1 2 3 4 5 6 7 8 9",
+    )
+
+
+TASK = Task()
+
+
+@dataclass(frozen=True, slots=True)
 class DemoRequest:
     """What a plugin's demo is asked to do.
 

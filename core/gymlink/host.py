@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gymlink.config import GatewaySettings, Settings
-from gymlink.errors import ConfigError, GymError
+from gymlink.errors import ConfigError, GymError, GymStartError
 from gymlink.gateway import GatewayServer, Router, agent_url, create_front
 from gymlink.gym import GymServers, attach_gym, start_gym
 
@@ -52,14 +52,23 @@ class GymHost:
         self._router = Router(FRONT)
         self._front: GatewayServer | None = None
         self._gym: GymServers | None = None
+        self._bringing_up: asyncio.Future[GymServers] | None = None
+        self._stopped = False
         self._workers = 0
 
     async def start(self) -> HostedGym:
-        """Bring up the front, then Gym.
+        """Bring up the front, then Gym. What was started is stopped again when this fails or is cancelled.
 
         Raises:
-            ConfigError: settings that cannot work. GymStartError: Gym did not come up.
+            ConfigError: settings that cannot work. GymStartError: Gym did not come up, or was stopped meanwhile.
         """
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> HostedGym:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         attached = await asyncio.to_thread(find_attached, self._settings, self._report)
         secret = policy_key(attached) if attached else secrets.token_urlsafe(24)
@@ -71,17 +80,25 @@ class GymHost:
             check_policy_url(attached, url)
             gym = attached
         else:
-            gym = await asyncio.to_thread(
+            starting = asyncio.to_thread(
                 start_gym,
                 self._settings.gym,
                 policy_base_url=f"{url}/v1",
                 policy_api_key=secret,
                 run_dir=self._run_dir,
-                report=self._report,
+                report=self._report_unless_stopped,
             )
+            self._bringing_up = asyncio.ensure_future(starting)
+            gym = await asyncio.shield(self._bringing_up)
         self._gym = gym
         agents.update(gym.agents)
         return HostedGym(url, secret, {name: agent_url(url, name) for name in agents}, gym.version)
+
+    def _report_unless_stopped(self, text: str) -> None:
+        """A thread cannot be cancelled: the one that starts Gym learns here that nobody wants it any more."""
+        if self._stopped:
+            raise GymStartError("Gym was stopped before it was up.")
+        self._report(text)
 
     def enlist(self, url: str) -> int:
         """A worker's gateway answers at `url`: the number that its rollout ids carry."""
@@ -98,9 +115,12 @@ class GymHost:
 
     async def stop(self) -> None:
         """Stop all that was started, Gym first. It may be called at any time, and twice."""
-        gym, self._gym = self._gym, None
-        if gym is not None:
-            await asyncio.to_thread(gym.stop)
+        self._stopped = True
+        self._gym, bringing_up, self._bringing_up = None, self._bringing_up, None
+        if bringing_up is not None:
+            await asyncio.wait([bringing_up])
+            if bringing_up.exception() is None:
+                await asyncio.to_thread(bringing_up.result().stop)
         if self._front is not None:
             await self._front.stop()
         await self._router.aclose()

@@ -8,6 +8,7 @@ one address and one secret, on whatever node it runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -50,7 +51,7 @@ def create_front(secret: str, router: Router, agents: Mapping[str, str]) -> ASGI
     return application(
         [
             Route("/health", health, methods=["GET"]),
-            Route("/agents/{agent}/run", guarded(run), methods=["POST"]),
+            Route("/agents/{agent:path}/run", guarded(run), methods=["POST"]),
             *(Route(path, guarded(policy), methods=["POST"]) for path in policy_paths),
         ],
         secret,
@@ -59,4 +60,4 @@ def create_front(secret: str, router: Router, agents: Mapping[str, str]) -> ASGI
 
 def agent_url(front: str, agent: str) -> str:
     """The base URL at which the front at `front` takes rows for an agent."""
-    return f"{front}/agents/{agent}"
+    return f"{front}/agents/{quote(agent, safe='')}"

@@ -7,6 +7,7 @@ own rollouts; the owner is written in the rollout id ("<owner>.<unique>"), so ro
 from __future__ import annotations
 
 import asyncio
+import io
 import uuid
 from collections.abc import Mapping
 
@@ -67,7 +68,8 @@ class Router:
             )
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
         try:
-            async with self._session.post(url, data=body, headers=headers) as answer:
+            # Not as bytes: aiohttp would write those in one piece, and warns of it.
+            async with self._session.post(url, data=io.BytesIO(body), headers=headers) as answer:
                 return Response(await answer.read(), answer.status, media_type="application/json")
         except aiohttp.ClientError as error:
             message = f"{url}, to which this call was passed on, did not answer: {error!r}."

@@ -14,6 +14,9 @@ from starlette.types import ASGIApp
 from gymlink.config import GatewaySettings
 from gymlink.errors import ConfigError
 
+KEEP_ALIVE_S = 30
+"""Longer than clients keep an idle connection (Gym's and ours: 15 s), so none is closed as a call is sent on it."""
+
 
 class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
@@ -38,7 +41,13 @@ class GatewayServer:
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         """Where Gym's servers reach this gateway, without `/v1`."""
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1, backlog=4096
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=4096,
         )
         self._server = _Uvicorn(config)
         self._serving: asyncio.Task[None] | None = None

@@ -6,6 +6,7 @@ No cookie is kept: Gym marks sessions by cookie, and two rollouts must never sha
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -130,9 +131,11 @@ class GymClient:
     async def _call(self, method: str, url: str, timeout_s: float, *, what: str, body: bytes | None = None) -> Any:
         started = time.monotonic()
         headers = self._headers | ({"Content-Type": "application/json"} if body is not None else {})
+        # Not as bytes: aiohttp would write those in one piece, and warns of it.
+        data = None if body is None else io.BytesIO(body)
         try:
             async with asyncio.timeout(timeout_s):
-                async with self._session().request(method, url, data=body, headers=headers) as response:
+                async with self._session().request(method, url, data=data, headers=headers) as response:
                     content = await response.read()
         except TimeoutError as error:
             waited = time.monotonic() - started

@@ -1,7 +1,7 @@
 """The demo: TRL's own GRPOTrainer teaches a tiny random model to type digits on a keypad, in a real Gym environment.
 
-Everything is real but the model's size. The settings are those under which the reward always rises from about 0.1 to
-1.0 within the steps (seeds 0 to 4 did so by step 25), and every step's logprobs are checked.
+Everything is real but the model's size. Seeds 0 to 4 reach the full reward by step 25; every step's logprobs are
+checked.
 """
 
 from __future__ import annotations
@@ -14,22 +14,13 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from gymlink.config import parse_settings
-from gymlink.demo import DemoRequest, DemoResult
+from gymlink.demo import TASK, DemoRequest, DemoResult
 from gymlink.errors import PluginError
 from gymlink_tiny import make_model, make_tokenizer
 from gymlink_trl.dataset import gym_dataset
 from gymlink_trl.quiet import quiet_trainer
 from gymlink_trl.rollout import GymRollout, gym_reward
 from gymlink_trl.support import freeze_garbage
-
-ENVIRONMENT = "keypad"
-STEPS = 40
-ROLLOUTS_A_STEP = 32
-GENERATIONS = 8
-TOKENS_A_TURN = 8
-LEARNING_RATE = 1e-2
-CORPUS = ("system user assistant", "door 1. type digits", "digits: 2. type digits", "0 1 2 3 4 5 6 7 8 9")
-"""What the tokenizer's merges are learnt from: short prompts make short steps."""
 
 
 def run(request: DemoRequest) -> DemoResult:
@@ -47,13 +38,18 @@ def run(request: DemoRequest) -> DemoResult:
     quiet_trainer()
     from trl import GRPOConfig, GRPOTrainer
 
-    steps = request.steps or STEPS
-    server = request.environments / "resources_servers" / ENVIRONMENT
+    steps = request.steps or TASK.steps
+    server = request.environments / "resources_servers" / TASK.environment
     settings = parse_settings(
-        {"gym": {"config_paths": [str(server / "configs" / f"{ENVIRONMENT}.yaml")], "root": str(request.environments)}},
+        {
+            "gym": {
+                "config_paths": [str(server / "configs" / f"{TASK.environment}.yaml")],
+                "root": str(request.environments),
+            }
+        },
         where="the demo",
     )
-    tokenizer = make_tokenizer(CORPUS)
+    tokenizer = make_tokenizer(TASK.corpus)
     steps_seen = _Steps(request, steps)
     # The trainer wants a folder for checkpoints, of which the demo writes none.
     with (
@@ -63,7 +59,7 @@ def run(request: DemoRequest) -> DemoResult:
             run_dir=request.output,
             report=request.report,
             check_logprobs="all",
-            max_turn_tokens=TOKENS_A_TURN,
+            max_turn_tokens=TASK.tokens_a_turn,
         ) as rollout,
     ):
         trainer = GRPOTrainer(
@@ -74,9 +70,9 @@ def run(request: DemoRequest) -> DemoResult:
                 use_cpu=True,
                 bf16=False,
                 gradient_checkpointing=False,
-                per_device_train_batch_size=ROLLOUTS_A_STEP,
-                num_generations=GENERATIONS,
-                learning_rate=LEARNING_RATE,
+                per_device_train_batch_size=TASK.prompts_a_step * TASK.generations,
+                num_generations=TASK.generations,
+                learning_rate=TASK.learning_rate,
                 lr_scheduler_type="constant",
                 beta=0.0,
                 temperature=1.0,
@@ -103,7 +99,7 @@ def run(request: DemoRequest) -> DemoResult:
         framework="trl",
         framework_version=version("trl"),
         gym_version=str(rollout.gym_version),
-        environment=ENVIRONMENT,
+        environment=TASK.environment,
         steps=steps,
         rollouts=totals.rollouts,
         failed=totals.failed,

@@ -39,7 +39,8 @@ def outputs_of(rollout: Rollout, shape: Shape) -> tuple[list[AgentLoopOutput], F
     rows = [_row(segment, shape) for segment in rollout.segments]
     trained = sum(sum(mask) for _, _, mask, _ in rows)
     cut = rollout.trained_tokens - trained
-    kept = [at for at, row in enumerate(rows) if any(row[2]) or at == len(rows) - 1]
+    # The last row stands for the rollout in its group: one without a trained token would stand for nothing.
+    kept = [at for at, row in enumerate(rows) if any(row[2])] or [len(rows) - 1]
     outputs = [_output(rollout, rollout.segments[at], rows[at]) for at in kept]
     outputs[-1].reward_score = rollout.reward
     dropped = Counter(rollout.dropped) + Counter({OVER_LENGTH: cut})
@@ -70,8 +71,13 @@ def _row(segment: Segment, shape: Shape) -> Row:
         ids, mask, logprobs = rest + ids, (0,) * len(rest) + mask, (0.0,) * len(rest) + logprobs
     if not ids:
         ids, mask, logprobs = (shape.end,), (0,), (0.0,)
-    limit = shape.response_length
-    return list(prompt), list(ids[:limit]), list(mask[:limit]), list(logprobs[:limit])
+    end = _end_of_training(mask[: shape.response_length])
+    return list(prompt), list(ids[:end]), list(mask[:end]), list(logprobs[:end])
+
+
+def _end_of_training(mask: Sequence[int]) -> int:
+    """verl puts the reward on the last token, and GAE leaves out what stands on a masked one."""
+    return max((at + 1 for at, trained in enumerate(mask) if trained), default=1)
 
 
 def _output(rollout: Rollout, segment: Segment | None, row: Row) -> AgentLoopOutput:

@@ -16,20 +16,12 @@ from typing import Any
 
 import yaml
 
-from gymlink.demo import DemoRequest, DemoResult
+from gymlink.demo import TASK, DemoRequest, DemoResult
 from gymlink.errors import PluginError, RolloutError
 from gymlink_verl.job import GYM_FILE, SAYS
 from gymlink_verl.launch import run_verl
 from gymlink_verl.train import overrides_of
 
-ENVIRONMENT = "keypad"
-STEPS = 40
-PROMPTS_A_STEP = 4
-GENERATIONS = 8
-TOKENS_A_TURN = 8
-LEARNING_RATE = 1e-2
-CORPUS = ("system user assistant", "door 1. type digits", "digits: 2. type digits", "0 1 2 3 4 5 6 7 8 9")
-"""What the tokenizer's merges are learnt from: short prompts make short steps."""
 LOG = "verl.log"
 
 
@@ -43,10 +35,10 @@ def run(request: DemoRequest) -> DemoResult:
     _check_device(request)
     from gymlink_tiny import save_tiny
 
-    steps = request.steps or STEPS
+    steps = request.steps or TASK.steps
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        values = _run_file(request, folder, model=save_tiny(folder / "model", CORPUS), steps=steps)
+        values = _run_file(request, folder, model=save_tiny(folder / "model", TASK.corpus), steps=steps)
         watch = _Watch(request, folder / "metrics.jsonl", steps)
         path = request.output / LOG
         with path.open("wb") as log:
@@ -73,8 +65,8 @@ def _check_device(request: DemoRequest) -> None:
 
 def _run_file(request: DemoRequest, folder: Path, *, model: Path, steps: int) -> dict[str, Any]:
     """The run as a run file would say it."""
-    server = request.environments / "resources_servers" / ENVIRONMENT
-    gym = {"config_paths": [str(server / "configs" / f"{ENVIRONMENT}.yaml")], "root": str(request.environments)}
+    server = request.environments / "resources_servers" / TASK.environment
+    gym = {"config_paths": [str(server / "configs" / f"{TASK.environment}.yaml")], "root": str(request.environments)}
     gym_config = folder / "gym.yaml"
     gym_config.write_text(yaml.safe_dump({"gym": gym}), encoding="utf-8")
     return {
@@ -82,23 +74,23 @@ def _run_file(request: DemoRequest, folder: Path, *, model: Path, steps: int) ->
         "train_file": server / "data" / "train.jsonl",
         "model_name_or_path": model,
         "output_dir": str(folder / "verl"),
-        "max_turn_tokens": TOKENS_A_TURN,
+        "max_turn_tokens": TASK.tokens_a_turn,
         "gymlink": {"run_dir": str(request.output.absolute())},
         "algorithm": {"adv_estimator": "grpo"},
         "data": {
-            "train_batch_size": PROMPTS_A_STEP,
+            "train_batch_size": TASK.prompts_a_step,
             "max_prompt_length": 64,
             "max_response_length": 64,
             "dataloader_num_workers": 0,
         },
         "actor_rollout_ref": {
             "actor": {
-                "ppo_mini_batch_size": PROMPTS_A_STEP,
+                "ppo_mini_batch_size": TASK.prompts_a_step,
                 "use_dynamic_bsz": True,
-                "optim": {"lr": LEARNING_RATE},
+                "optim": {"lr": TASK.learning_rate},
             },
             "rollout": {
-                "n": GENERATIONS,
+                "n": TASK.generations,
                 "tensor_model_parallel_size": 1,
                 "agent": {"num_workers": 1},
                 **({} if request.arguments else {"name": "vllm"}),
@@ -153,7 +145,7 @@ class _Watch:
             framework="verl",
             framework_version=version("verl"),
             gym_version=str(json.loads((self._request.output / GYM_FILE).read_text(encoding="utf-8"))["gym_version"]),
-            environment=ENVIRONMENT,
+            environment=TASK.environment,
             steps=steps,
             rollouts=self._sum("count"),
             failed=self._sum("failed"),

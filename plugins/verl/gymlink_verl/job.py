@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,12 @@ class JobActor:
     async def begun(self, split: str) -> None:
         self._neutral.begun(split)
 
-    async def scored(self, split: str, group: str, figures: Figures) -> None:
-        await self._neutral.ended(split, group, figures)
+    async def scored(self, split: str, group: str, figures: Figures, agent: str) -> None:
+        await self._neutral.ended(split, group, figures, agent)
 
-    async def neutral_reward(self, split: str, group: str, siblings: int) -> float:
+    async def neutral_reward(self, split: str, group: str, siblings: int, agent: str) -> float:
         try:
-            return await self._neutral.reward(split, group, siblings)
+            return await self._neutral.reward(split, group, siblings, agent)
         except GymlinkError as error:
             note_error(self._run_dir, error)
             raise
@@ -139,9 +140,10 @@ class Job:
             ConfigError: gym.yaml cannot be read or cannot work.
         """
         global _job  # noqa: PLW0603 - the process that makes the actor must hold it: with the last handle it would end
-        if _job is None:
-            _job = cls(_find() or _make(options))
-        return _job
+        ray_job = _ray_job()
+        if _job is None or _job[0] != ray_job:
+            _job = ray_job, cls(_find() or _make(options))
+        return _job[1]
 
     def expect(self, agents: Collection[str]) -> None:
         ray.get(self.actor.expect.remote(set(agents)))
@@ -163,7 +165,14 @@ class Job:
         ray.get(self.actor.note.remote(error))
 
 
-_job: Job | None = None
+_job: tuple[tuple[str, str], Job] | None = None
+"""This process's handle, with the Ray job that it is for."""
+
+
+def _ray_job() -> tuple[str, str]:
+    """Node and job: a process may have one Ray job after the other, and every cluster counts its jobs from one."""
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()
 
 
 def _find() -> Any:
@@ -182,28 +191,49 @@ def _make(options: Mapping[str, Any]) -> Any:
     return placed.remote(settings, str(Path(options["run_dir"]).expanduser().absolute()), front_of(settings))
 
 
+ANY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with what the settings say
+
+
 def front_of(settings: Settings) -> GatewaySettings:
-    """Where the front listens: as gym.yaml says; on several nodes, by default, at this node's address."""
-    gateway = settings.gateway
-    if spans_nodes() and "host" not in gateway.model_fields_set:
-        return gateway.model_copy(update={"host": ray.util.get_node_ip_address()})
+    """Where the front listens: as gym.yaml says, and by default at the address at which Ray knows this node.
+
+    That is so on one node too: others may join after the job has begun.
+
+    Raises:
+        ConfigError: the job has several nodes, and the address that gym.yaml gives is the node's own.
+    """
+    gateway, here = settings.gateway, ray.util.get_node_ip_address()
+    if "host" not in gateway.model_fields_set:
+        return gateway.model_copy(update={"host": here})
+    if gateway.advertise_host is not None:
+        return gateway
+    if gateway.host in ANY_ADDRESS:
+        return gateway.model_copy(update={"advertise_host": here})
+    if _is_loopback(gateway.host) and (nodes := sum(bool(node["Alive"]) for node in ray.nodes())) > 1:
+        raise ConfigError(
+            f"gateway.host is {gateway.host!r}, which only its own node can reach, and this job has {nodes} nodes. "
+            "Leave it out: by default the gateways are at the addresses by which Ray knows the nodes."
+        )
     return gateway
 
 
 def worker_gateway_of(settings: Settings) -> GatewaySettings:
-    """Where a worker's gateway listens: at any free port, and on several nodes at an address that the front reaches."""
-    if not spans_nodes():
-        return settings.gateway.model_copy(update={"port": 0, "advertise_host": None})
-    here = ray.util.get_node_ip_address()
-    host = settings.gateway.host if settings.gateway.host in ANY_ADDRESS else here
-    return settings.gateway.model_copy(update={"port": 0, "host": host, "advertise_host": here})
+    """Where a worker's gateway listens, for the front: at a free port, and at the address at which Ray knows this node.
+
+    gym.yaml says otherwise only by asking for loopback, or for every interface (where the known address is not one of
+    the node's own).
+    """
+    here, host = ray.util.get_node_ip_address(), settings.gateway.host
+    if "host" in settings.gateway.model_fields_set and _is_loopback(host):
+        return GatewaySettings(host=host)
+    return GatewaySettings(host=host if host in ANY_ADDRESS else here, advertise_host=here)
 
 
-ANY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with what the settings say
-
-
-def spans_nodes() -> bool:
-    return len([node for node in ray.nodes() if node["Alive"]]) > 1
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_agents(wanted: Collection[str], running: Collection[str]) -> None:

@@ -80,7 +80,7 @@ def note_error(run_dir: Path, error: Exception) -> None:
 
 
 def noted_error(run_dir: Path) -> GymlinkError | None:
-    """What `note_error` left, as the error it was."""
+    """What `note_error` left, as the error it was; as its parent where it holds more than its message."""
     try:
         text = (run_dir / ERROR_FILE).read_text(encoding="utf-8").strip()
     except OSError:
@@ -88,7 +88,7 @@ def noted_error(run_dir: Path) -> GymlinkError | None:
     name, _, message = text.partition(": ")
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, GymlinkError):
-        return kind(message)
+        return next(one for one in kind.__mro__ if "__init__" not in vars(one))(message)
     return RolloutError(text)
 
 

@@ -41,7 +41,7 @@ class NeutralRewards:
         self._allowed = max_failed_fraction
         self._groups: OrderedDict[str, list[Figures]] = OrderedDict()
         self._given: dict[str, list[float]] = {}
-        self._latest: dict[str, deque[Figures]] = {"train": deque(maxlen=JUDGED), "val": deque(maxlen=JUDGED)}
+        self._latest: dict[str, deque[tuple[str, Figures]]] = {split: deque(maxlen=JUDGED) for split in _NAMES}
         self._in_flight = {"train": 0, "val": 0}
         self._changed = asyncio.Condition()
 
@@ -50,16 +50,17 @@ class NeutralRewards:
             self._latest[split].clear()
         self._in_flight[split] += 1
 
-    async def ended(self, split: str, group: str, figures: Figures) -> None:
+    async def ended(self, split: str, group: str, figures: Figures, agent: str = "") -> None:
+        """`agent` is who ran it: verl tells validation for each."""
         async with self._changed:
             self._in_flight[split] -= 1
-            self._latest[split].append(figures)
+            self._latest[split].append((agent, figures))
             self._groups.setdefault(group, []).append(figures)
             if len(self._groups) > GROUPS_KEPT:
                 self._given.pop(self._groups.popitem(last=False)[0], None)
             self._changed.notify_all()
 
-    async def reward(self, split: str, group: str, siblings: int) -> float:
+    async def reward(self, split: str, group: str, siblings: int, agent: str = "") -> float:
         """The reward for one failed rollout of a group, once all `siblings` of the group have ended.
 
         Raises:
@@ -69,11 +70,12 @@ class NeutralRewards:
             await self._changed.wait_for(lambda: len(self._groups.get(group, ())) >= siblings)
             scored = [one.reward for one in self._groups[group] if one.reward is not None]
             if not scored:
-                # A validation's mean is over all prompts, so the neutral reward for this one is that mean.
+                # A validation's mean is over all prompts of an agent, so that mean is the neutral reward for this one.
                 await self._changed.wait_for(lambda: split == "train" or not self._in_flight[split])
-                scored = [one.reward for one in self._latest[split] if one.reward is not None]
-                self._judge(split, scored)
-                return fmean(scored)
+                everyone = [(who, one.reward) for who, one in self._latest[split] if one.reward is not None]
+                self._judge(split, [reward for _, reward in everyone])
+                of_agent = [reward for who, reward in everyone if who == agent]
+                return fmean(of_agent or [reward for _, reward in everyone])
             self._judge(split, scored)
             if group not in self._given:
                 failed = len(self._groups[group]) - len(scored)
@@ -82,7 +84,7 @@ class NeutralRewards:
             return given.pop() if given else fmean(scored)
 
     def _judge(self, split: str, scored: Sequence[float]) -> None:
-        latest = list(self._latest[split])
+        latest = [figures for _, figures in self._latest[split]]
         if not scored:
             raise RolloutError(f"No {_NAMES[split]} rollout could be scored. {describe_failures(latest)}")
         if split == "train" and len(latest) == JUDGED:

@@ -88,10 +88,11 @@ async def _padded(station: Station, sampling_params: dict[str, Any], fields: dic
     rollout = await station.collect(sampling_params, fields)
     outputs, figures = _rows(station, rollout)
     await station.tell(fields, rollout, figures)
-    await actor.scored.remote(split, group, figures)
+    agent = str(rollout.request.row["agent_ref"]["name"])
+    await actor.scored.remote(split, group, figures, agent)
     if outputs:
         return outputs[-1]
-    reward = await actor.neutral_reward.remote(split, group, station.options.siblings[split])
+    reward = await actor.neutral_reward.remote(split, group, station.options.siblings[split], agent)
     return masked_output(rollout, station.options.shape, reward)
 
 

@@ -13,12 +13,14 @@ from typing import Any
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-from gymlink.errors import GymlinkError, RolloutError
+from gymlink.errors import ConfigError, GymlinkError, RolloutError
 from gymlink.rollout import Figures, batch_metrics, describe_failures, refuse_if_too_many_failed
 from gymlink_verl.job import Job
 
 POLL_INTERVAL_S = 0.5
 """How often finished groups are looked for; verl's own default is 2 s, a third of a short step."""
+EMPTY = "no materializable trajectories"
+"""In what verl (0.9.1) says of a batch without a row; its other errors are about something else."""
 SPLITS = {"train": "training", "val": "validation"}
 
 
@@ -68,9 +70,10 @@ class _Judging(ReplayBuffer):
             sampled: tuple[KVBatchMeta, dict[str, Any]] = super().sample(
                 global_steps=global_steps, partition_id=partition_id, batch_size=batch_size
             )
-        except RuntimeError:
-            # verl found no row at all. Why, the job knows better; when it does not, the error is verl's own.
-            self._report(partition_id, empty=True)
+        except RuntimeError as error:
+            if EMPTY in str(error):
+                # Why, the job knows better; when it does not, the error is verl's own.
+                self._report(partition_id, empty=True)
             raise
         return sampled
 
@@ -120,9 +123,18 @@ class GymReplayBufferAsync(_Judging, ReplayBufferAsync):
 
 
 def _own_settings(sampler_kwargs: Mapping[str, Any], trainer_mode: str) -> dict[str, Any]:
-    """The settings that verl gives to its own replay buffer and not to a custom one (`PPOTrainer`, 0.9.1)."""
+    """The settings that verl gives to its own replay buffer and not to a custom one (`PPOTrainer`, 0.9.1).
+
+    Raises:
+        ConfigError: groups are to be filtered, but not by what.
+    """
     groups = sampler_kwargs.get("filter_groups") or {}
-    metric = str(groups["metric"]) if groups.get("enable") else None
+    metric = groups.get("metric") if groups.get("enable") else None
+    if groups.get("enable") and not metric:
+        raise ConfigError(
+            "algorithm.filter_groups.enable needs algorithm.filter_groups.metric: 'reward' filters groups whose "
+            "rollouts all have the same."
+        )
     refill = bool(sampler_kwargs.get("sync_refill_failed_groups"))
     settings: dict[str, Any] = {"filter_groups_metric": metric, "sync_refill_failed_groups": refill}
     if trainer_mode != "sync":

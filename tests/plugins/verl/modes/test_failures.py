@@ -1,0 +1,38 @@
+"""A run in which nothing can be scored ends, soon and with gymlink's own error as the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from verl_runs import Run, flaky
+
+pytestmark = [pytest.mark.slow, pytest.mark.gym]
+
+HOPELESS = [flaky(number, 1) for number in range(8)]
+WHY = "this session fails, as its row asks"
+
+
+def assert_ended(run: Run, because: str) -> None:
+    assert run.status != 0
+    assert run.left == ()
+    assert run.error is not None, run.said[-5000:]
+    assert run.error.startswith(f"RolloutError: {because}"), run.error
+    assert WHY in run.error
+    assert f"RolloutError: {because}" in run.said
+    for noise in ("KeyError", "ValueError", "AssertionError"):
+        assert noise not in run.said
+    assert {rollout["status"] for rollout in run.rollouts} == {"failed"}
+    assert run.rows == []
+
+
+def test_a_validation_in_which_everything_fails_ends_the_run(run_verl: Any) -> None:
+    run = run_verl("trainer.val_before_train=True", val_rows=HOPELESS[:2])
+    assert_ended(run, "No validation rollout of this batch could be used. 2 of 2 rollouts failed")
+
+
+@pytest.mark.parametrize("mode", ["sync", "colocate_async"])
+def test_training_in_which_everything_fails_ends_the_run(run_verl: Any, mode: str) -> None:
+    run = run_verl(f"trainer.v1.trainer_mode={mode}", rows=HOPELESS)
+    assert_ended(run, "")
