@@ -31,9 +31,11 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "core": Suite("trl", ("tests/core", "tests/contract", "tests/docs", "tests/scripts")),
-    "trl": Suite("trl", ("tests/plugins/trl", "tests/e2e")),
-    "verl": Suite("verl", ("tests/plugins/verl",)),
+    "core": Suite(
+        "trl", ("tests/core", "tests/contract", "tests/docs", "tests/scripts", "tests/parity/test_recording.py")
+    ),
+    "trl": Suite("trl", ("tests/plugins/trl", "tests/parity/test_trl.py", "tests/e2e")),
+    "verl": Suite("verl", ("tests/plugins/verl", "tests/parity/test_verl.py")),
 }
 
 

@@ -170,6 +170,6 @@ async def test_closing_ends_a_rollout_that_runs_with_a_failure(worker: RolloutWo
 
 
 async def test_an_address_that_cannot_be_had_is_said_and_nothing_is_left(worker: RolloutWorker) -> None:
-    with pytest.raises(ConfigError, match=r"gateway.host '192.0.2.1' port 0 cannot be used"):
-        await worker.serve(SECRET, GatewaySettings(host="192.0.2.1"))
+    with pytest.raises(ConfigError, match=r"gateway.host '203.0.113.1' port 0 cannot be used"):
+        await worker.serve(SECRET, GatewaySettings(host="203.0.113.1"))
     await worker.close()

@@ -1,43 +1,13 @@
-"""The pages that people read, and the fenced blocks in them."""
+"""Gives each test a page, or a block of a page, at a time."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = sorted(
-    [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("examples/**/*.md")],
-    key=str,
-)
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, its text, and where it begins."""
-
-    language: str
-    text: str
-    page: Path
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(REPOSITORY)}:{self.line}"
-
-
-def blocks_of(page: Path) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(language=match[1], text=match[2], page=page, line=text.count("\n", 0, match.start()) + 2)
-        for match in FENCE.finditer(text)
-    ]
-
-
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+from pages import BLOCKS, PAGES, REPOSITORY
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

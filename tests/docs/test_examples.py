@@ -6,8 +6,8 @@ import ast
 import importlib
 import json
 import re
-import shlex
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ import yaml
 from gymlink.config import parse_settings
 
 if TYPE_CHECKING:
-    from conftest import Block
+    from pages import Block
 
 INLINE_MAKE = re.compile(r"`make ([a-z][a-z-]*)[^`]*`")
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)(?:#[^)]*)?\)")
@@ -56,13 +56,27 @@ def test_toml_parses(toml_block: Block) -> None:
     tomllib.loads(toml_block.text)
 
 
-def test_commands_exist(console_block: Block, make_targets: set[str]) -> None:
-    for line in console_block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.removeprefix("$ "), comments=True)
-        if words[:1] == ["gymlink"]:
-            check_command_line(words[1:])
-        elif words[:1] == ["make"]:
-            assert set(targets(words[1:])) <= make_targets, line
+def test_commands_exist(console_block: Block, repository: Path, make_targets: set[str]) -> None:
+    for words in console_block.commands:
+        match words:
+            case ["gymlink", *arguments]:
+                check_command_line(arguments)
+            case ["make", *arguments]:
+                assert set(targets(arguments)) <= make_targets, words
+            case ["python", "-m", "verl.trainer.main_ppo", *arguments]:
+                assert "+gymlink=gym" in arguments  # the rest is checked where verl is installed
+            case ["python", "-m", module, *_]:
+                assert find_spec(module), words
+            case ["python" | "python3" | "bash", str(script), *_] if not script.startswith("-"):
+                assert (repository / script).is_file(), words
+            case ["pip", "install", *packages]:
+                named = set(re.findall(r"(?:gymlink|\.)\[(\w+)\]", " ".join(packages)))
+                assert named <= extras(repository), words
+
+
+def extras(repository: Path) -> set[str]:
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return set(project["optional-dependencies"])
 
 
 def targets(words: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -40,3 +41,22 @@ def test_every_setting_is_described(repository: Path, section: str) -> None:
     assert issubclass(model, BaseModel)
     missing = [key for key in model.model_fields if not re.search(rf"`{key}\b|^ +{key}:", page, re.MULTILINE)]
     assert not missing
+
+
+@pytest.mark.parametrize("framework", ["trl", "verl"])
+def test_every_trainer_is_introduced(repository: Path, framework: str) -> None:
+    for page in ("README.md", "docs/README.md"):
+        assert f"{framework}.md)" in (repository / page).read_text(encoding="utf-8")
+    assert f"gymlink[{framework}]" in (repository / "README.md").read_text(encoding="utf-8")
+
+
+def test_names_of_the_plugins_on_the_pages_exist(repository: Path, page: Path) -> None:
+    """Read from the source: a plugin for a trainer that is not installed cannot be imported."""
+    for package, module, name in NAMED.findall(page.read_text(encoding="utf-8")):
+        path = repository / "plugins" / package.removeprefix("gymlink_") / package / f"{module}.py"
+        assert path.is_file(), f"{package}.{module}"
+        defined = {getattr(node, "name", None) for node in ast.parse(path.read_text(encoding="utf-8")).body}
+        assert not name or name in defined, f"{package}.{module}.{name}"
+
+
+NAMED = re.compile(r"\b(gymlink_(?:trl|verl))\.(\w+)(?:\.(\w+))?")

@@ -32,7 +32,6 @@ class Row:
     reward: float | None
     advantages: tuple[float, ...]
 
-
     @property
     def without_masked_tail(self) -> Row:
         """Up to the last trained token, or to the first of all. No loss sees what is left out."""
@@ -61,7 +60,7 @@ def expected_rows(siblings: Sequence[Rollout], *, limit: int, end: int, epsilon:
 
 
 def expected_advantages(rewards: Sequence[float | None], epsilon: float) -> list[float | None]:
-    """`(reward - mean) / (deviation + epsilon)` over the scored siblings; 0 for one that is alone, None for a failed."""
+    """`(reward - mean) / (deviation + epsilon)` over the scored siblings; 0 for one alone, None for a failed one."""
     scored = [reward for reward in rewards if reward is not None]
     if len(scored) < 2:
         return [None if reward is None else 0.0 for reward in rewards]

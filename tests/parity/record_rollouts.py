@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import orjson
-from recorded_rollouts import FILE, FINAL_BRANCH, FORKED, Groups, recorded_tokenizer, row_of, to_lines
 
 from gymlink.align import load_format
 from gymlink.config import AlignmentSettings, RolloutSettings
@@ -24,6 +23,7 @@ from gymlink.gateway import PolicyService
 from gymlink.gateway.wire import parse_chat_request
 from gymlink.rollout import Collector
 from gymlink.types import Generation, Rollout, RolloutRequest, Sampling
+from recorded_rollouts import FILE, FINAL_BRANCH, FORKED, Groups, recorded_tokenizer, row_of, to_lines
 
 TEMPLATE = """\
 {%- if tools -%}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from expected_rows import expected_advantages
 from record_rollouts import record
 from recorded_rollouts import FILE, FORKED, RESPONSE_LIMIT, SIBLINGS, UNCOMPARABLE, read_rollouts, to_lines

@@ -17,14 +17,14 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import pytest
 import torch
-from expected_rows import QUANTITIES, Row, assert_same, expected_rows
-from recorded_rollouts import FORKED, RESPONSE_LIMIT, SIBLINGS, read_rollouts, recorded_tokenizer, row_of
 from trl import GRPOConfig, GRPOTrainer
 
+from expected_rows import QUANTITIES, Row, assert_same, expected_rows
 from gymlink.config import Settings, parse_settings
 from gymlink.types import RolloutBatch, RolloutRequest, Sampling
 from gymlink_tiny import make_model
 from gymlink_trl import GymRollout, gym_dataset, gym_reward
+from recorded_rollouts import FORKED, RESPONSE_LIMIT, SIBLINGS, read_rollouts, recorded_tokenizer, row_of
 
 EPSILON = 1e-4
 """What TRL adds to the standard deviation."""

@@ -88,7 +88,8 @@ def noted_error(run_dir: Path) -> GymlinkError | None:
     name, _, message = text.partition(": ")
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, GymlinkError):
-        return next(one for one in kind.__mro__ if "__init__" not in vars(one))(message)
+        plain: type[GymlinkError] = next(one for one in kind.__mro__ if "__init__" not in vars(one))
+        return plain(message)
     return RolloutError(text)
 
 

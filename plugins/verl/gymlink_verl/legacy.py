@@ -71,8 +71,11 @@ class NeutralRewards:
             scored = [one.reward for one in self._groups[group] if one.reward is not None]
             if not scored:
                 # A validation's mean is over all prompts of an agent, so that mean is the neutral reward for this one.
-                await self._changed.wait_for(lambda: split == "train" or not self._in_flight[split])
-                everyone = [(who, one.reward) for who, one in self._latest[split] if one.reward is not None]
+                # In training any will do, as soon as there is one.
+                await self._changed.wait_for(
+                    lambda: not self._in_flight[split] or (split == "train" and self._scored(split))
+                )
+                everyone = self._scored(split)
                 self._judge(split, [reward for _, reward in everyone])
                 of_agent = [reward for who, reward in everyone if who == agent]
                 return fmean(of_agent or [reward for _, reward in everyone])
@@ -82,6 +85,10 @@ class NeutralRewards:
                 self._given[group] = neutral_rewards(scored, failed)
             given = self._given[group]
             return given.pop() if given else fmean(scored)
+
+    def _scored(self, split: str) -> list[tuple[str, float]]:
+        """Agent and reward of those among the latest that were scored."""
+        return [(agent, one.reward) for agent, one in self._latest[split] if one.reward is not None]
 
     def _judge(self, split: str, scored: Sequence[float]) -> None:
         latest = [figures for _, figures in self._latest[split]]

@@ -103,6 +103,8 @@ class _Judging(ReplayBuffer):
         try:
             if len(told) >= self._enough:
                 refuse_if_too_many_failed(told, self._allowed)
+                if all(rollout.has_failed for rollout in told):  # allowed, but there would be no end to it
+                    raise RolloutError(f"Nothing can be trained. {describe_failures(told)}")
         except GymlinkError as error:
             self._job.note(error)
             raise

@@ -218,7 +218,7 @@ def test_routed_experts_are_those_of_the_last_turn_cut_to_the_row() -> None:
     assert (output.routed_experts == 2).all()
     [cut], _ = outputs_of(rollout_of(turns), replace(ROOMY, response_length=3))
     assert cut.routed_experts.shape == (1 + 2, 2, 2)
-    assert cut.as_dict()["routed_experts"].shape == (4, 2, 2)
+    assert cut.as_dict()["routed_experts"].shape == (3, 2, 2)
     whole = output.as_dict()["routed_experts"]
     assert whole.shape == (6, 2, 2), "verl fills up to the row's length"
     assert not whole[-1].any()

@@ -105,6 +105,19 @@ async def test_a_group_that_failed_gets_the_mean_of_the_latest() -> None:
     assert await neutral.reward("train", "bad", 2) == await neutral.reward("train", "bad", 2) == 0.5
 
 
+async def test_a_group_that_failed_before_anything_was_scored_waits_for_the_first_reward() -> None:
+    neutral = NeutralRewards(0.5)
+    for _ in range(3):
+        neutral.begun("train")
+    for _ in range(2):
+        await neutral.ended("train", "bad", FAILED)
+    waiting = asyncio.create_task(neutral.reward("train", "bad", 2))
+    await turns_of_the_loop()
+    assert not waiting.done()
+    await neutral.ended("train", "good", SCORED)
+    assert await soon(waiting) == 1.0
+
+
 async def scored_and_failed(neutral: NeutralRewards, split: str, *, scored: list[float]) -> None:
     """One group of these rewards, and one called "bad" in which two failed."""
     for _ in range(len(scored) + 2):
