@@ -137,12 +137,19 @@ def assert_same(
             differences.append(f"{group}/{index} has {len(rows)} rows to train, {trainer} has {len(found)}")
             continue
         for at, (ours, theirs) in enumerate(zip(rows, found, strict=True)):
-            wanted, got = getattr(ours, quantity), getattr(theirs, quantity)
-            if not _equal(wanted, got):
-                differences.append(f"{quantity} of {group}/{index}, row {at}: {wanted} recorded, {got} in {trainer}")
+            where = f"{quantity} of {group}/{index}, row {at}"
+            if difference := _difference(getattr(ours, quantity), getattr(theirs, quantity)):
+                differences.append(f"{where}{difference} in {trainer}")
     assert not differences, "\n" + "\n".join(differences)
 
 
-def _equal(wanted: Any, got: Any) -> bool:
-    """Ids and masks exactly, numbers as float32 holds them."""
-    return bool(wanted == pytest.approx(got, rel=1e-5, abs=1e-6))
+def _difference(wanted: Any, got: Any) -> str | None:
+    """The first difference in words, up to the other's name. Numbers are the same when float32 tells no more."""
+    if not isinstance(wanted, tuple):
+        return None if wanted == pytest.approx(got, rel=1e-5, abs=1e-6) else f": {wanted} recorded, {got}"
+    if len(wanted) != len(got):
+        return f": {len(wanted)} tokens recorded, {len(got)}"
+    for at, (one, other) in enumerate(zip(wanted, got, strict=True)):
+        if one != pytest.approx(other, rel=1e-5, abs=1e-6):
+            return f", token {at}: {one} recorded, {other}"
+    return None

@@ -80,10 +80,11 @@ class RecordedWorker:
 
 
 class Told(JobActor):
-    """The job's actor, which also keeps the figures that it is told."""
+    """The job's actor, which also keeps the figures that it is told. No Gym has to run for it."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(Settings(gym=GymSettings(config_paths=["agent.yaml"])), str(run_dir), GatewaySettings())
+        self._host = cast("Any", SimpleNamespace(check=lambda: None))
         self.told: list[Figures] = []
 
     async def ended(self, split: str, figures: Figures, line: bytes) -> None:

@@ -32,6 +32,7 @@ MARK = "GYMLINK_TEST_RUN"
 PATIENCE_S = 20.0
 """How long what a run started may outlast it."""
 RUN_TIMEOUT_S = 400.0
+STEPS = 3
 GENERATIONS = 4
 
 VERSIONS = ("min_global_steps", "max_global_steps")
@@ -212,7 +213,7 @@ def _settings(folder: Path, model: Path, rows: Sequence[Row], val_rows: Sequence
         "trainer.save_freq=-1",
         "trainer.test_freq=-1",
         "trainer.total_epochs=1000",
-        "trainer.total_training_steps=3",
+        f"trainer.total_training_steps={STEPS}",
         f"trainer.default_local_dir={folder}/checkpoints",
         f"hydra.run.dir={folder}/hydra",
     ]

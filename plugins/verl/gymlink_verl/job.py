@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -30,6 +31,8 @@ ACTOR = "gymlink"
 """The actor's name, in the job's own Ray namespace."""
 GYM_FILE = "gym.json"
 """In the run's folder: version and agents of the Gym that served the run."""
+TOLD = 100_000
+"""So many rollouts are kept for whoever asks; the legacy trainer, and a sampler of one's own, never do."""
 SAYS = "gymlink: "
 """What the actor prints begins with this."""
 
@@ -47,7 +50,7 @@ class JobActor:
         self._recorder = Recorder(self._run_dir / "rollouts.jsonl", detail=settings.rollout.record)
         self._starting: asyncio.Task[HostedGym] | None = None
         self._agents: set[str] = set()
-        self._ended: dict[str, list[Figures]] = {"train": [], "val": []}
+        self._ended: dict[str, deque[Figures]] = {split: deque(maxlen=TOLD) for split in ("train", "val")}
         self._neutral = NeutralRewards(settings.rollout.max_failed_fraction)
 
     async def settings(self) -> Settings:
@@ -103,7 +106,8 @@ class JobActor:
     async def take(self, split: str) -> list[Figures]:
         """Those that ended since this was last asked. Raises `GymError` when one of Gym's servers has died."""
         self._host.check()
-        taken, self._ended[split] = self._ended[split], []
+        taken = list(self._ended[split])
+        self._ended[split].clear()
         return taken
 
     async def note(self, error: Exception) -> None:
@@ -120,6 +124,7 @@ class JobActor:
 
     async def neutral_reward(self, split: str, group: str, siblings: int, agent: str) -> float:
         try:
+            self._host.check()
             return await self._neutral.reward(split, group, siblings, agent)
         except GymlinkError as error:
             note_error(self._run_dir, error)

@@ -59,6 +59,12 @@ def read_options(config: Any, eos: int | None) -> Options:
             "actor_rollout_ref.rollout.calculate_log_probs is False, and what is trained must have the logprobs it was "
             "sampled with. Leave it as +gymlink=gym sets it."
         )
+    reward_model = config.reward.reward_model
+    if reward_model.enable and not reward_model.enable_resource_pool:
+        raise ConfigError(
+            "reward.reward_model.enable is True: verl would put that model's score in the place of Gym's reward. Leave "
+            "it out; a judge is a server of the Gym environment."
+        )
     v1 = bool(config.trainer.use_v1)
     estimator = str(config.algorithm.adv_estimator)
     shape = Shape(int(rollout.prompt_length), int(rollout.response_length), eos, padded=not v1)

@@ -6,6 +6,8 @@ what gymlink takes from it is checked with the rows and the model's tokenizer: b
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +18,7 @@ from rich.console import Console
 from gymlink import runfile
 from gymlink.align import Tokenizer, load_format
 from gymlink.config import load_settings
-from gymlink.errors import ConfigError
+from gymlink.errors import ConfigError, PluginError
 from gymlink.gym import check_rows
 from gymlink.hydra import hydra_override
 from gymlink.report import Reporter
@@ -82,6 +84,7 @@ def compose(overrides: Sequence[str]) -> Any:
 
     Raises:
         ConfigError: an override that verl's configuration does not know, or a value that cannot work.
+        PluginError: verl does not load gymlink's part of it.
     """
     from hydra.errors import HydraException
 
@@ -99,6 +102,12 @@ def _compose(overrides: Sequence[str]) -> Any:
     import verl  # noqa: F401 - loads verl's plugins, and with them +gymlink=gym
     from hydra import compose, initialize_config_module
 
+    if "gymlink_verl.register" not in sys.modules:
+        raise PluginError(
+            "verl does not load gymlink's plugin (entry-point group verl.plugins). Is it excluded by the environment "
+            f"variable VERL_USE_EXTERNAL_PLUGINS={os.environ.get('VERL_USE_EXTERNAL_PLUGINS', '')!r}? If not, install "
+            "gymlink anew; python -c 'import gymlink_verl.register' says what is wrong with it."
+        )
     with initialize_config_module("verl.trainer.config", version_base=None):
         return compose("ppo_trainer", list(overrides))
 

@@ -34,7 +34,8 @@ def test_verl_learns_the_demos_task_with_exact_tokens(demo: Start) -> None:
     assert run.process.wait(580) == 0, run.text()
     summary = run.checked_summary(40)
     assert summary["framework"] == "verl"
-    assert summary["reward_last"] >= 0.9 > 0.3 > summary["reward_first"]
+    assert summary["reward_first"] < 0.3
+    assert summary["reward_last"] >= 0.9
     assert summary["tokens_dropped"] == 0
     run.assert_nothing_is_left()
 

@@ -95,3 +95,9 @@ def test_how_verl_samples() -> None:
     params = {"temperature": 0.5, "top_p": 0.9, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
     assert sampling_of(params, 7) == Sampling(0.5, 0.9, 0, max_tokens=7)
     assert sampling_of({**params, "temperature": 0, "top_k": 20}, 7) == Sampling(0.0, 0.9, 20, max_tokens=7)
+
+
+def test_a_reward_model_in_the_place_of_gyms_reward_is_refused(composed: Compose) -> None:
+    with pytest.raises(ConfigError, match=r"reward_model\.enable is True: .* in the place of Gym's reward"):
+        read(composed, "reward.reward_model.enable=true")
+    read(composed, "reward.reward_model.enable=true", "reward.reward_model.enable_resource_pool=true")

@@ -284,15 +284,15 @@ def test_failures_of_validation_stop_no_training(trainer: Trainer, job: JobDoubl
     assert metrics["rollout/failed"] == 9
 
 
-@pytest.mark.parametrize(("allowed", "said"), [(0.5, "Too many rollouts failed"), (1.0, "Nothing can be trained")])
+@pytest.mark.parametrize("allowed", [(0.5, "Too many rollouts failed"), (1.0, "Nothing can be trained")])
 @pytest.mark.parametrize(
-    ("mode", "overrides"),
+    "mode",
     [("colocate_async", []), ("separate_async", []), ("sync", ["trainer.v1.sampler.sync_refill_failed_groups=true"])],
 )
 def test_groups_are_not_replaced_without_end(
-    trainer: Trainer, job: JobDouble, store: Store, mode: str, overrides: list[str], allowed: float, said: str
+    trainer: Trainer, job: JobDouble, store: Store, mode: tuple[str, list[str]], allowed: tuple[float, str]
 ) -> None:
-    job.allowed = allowed
+    job.allowed, said = allowed
     asked: list[int] = []
 
     def refill(prompts: int) -> None:
@@ -303,7 +303,7 @@ def test_groups_are_not_replaced_without_end(
             store.put("train", f"{len(asked)}x{at}", 0, "failure")
             job.told["train"].append(FAILED)
 
-    replay = buffer(trainer, mode, *overrides, refill=refill)
+    replay = buffer(trainer, mode[0], *mode[1], refill=refill)
     refill(1)
     with pytest.raises(RolloutError, match=rf"{said}.*4 of 4 rollouts failed.*the door is stuck") as caught:
         replay.sample(global_steps=1, partition_id="train", batch_size=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -217,3 +218,18 @@ def test_files_are_judged_before_verl_is_imported(run_file: WriteRun, changes: d
 def test_gymlink_knows_it() -> None:
     framework = find_framework("verl")
     assert resolve(framework.train) is train
+
+
+def test_a_plugin_that_verl_does_not_load_is_told(run_file: WriteRun) -> None:
+    config = run_file()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "gymlink", "train", "verl", "--config", str(config)],
+        env={**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "verl does not load gymlink's plugin" in done.stderr
+    assert "VERL_USE_EXTERNAL_PLUGINS='none'" in done.stderr

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from verl_runs import GENERATIONS, Key, Run
+from verl_runs import GENERATIONS, MIXED, STEPS, Key, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.gym]
 
-STEPS = 3
 ROLLOUTS = STEPS * 4 * GENERATIONS
+PAUSE_S = 2.0
 SAME = 1e-4
 """Difference of two probabilities that are the same, computed by two programs."""
 
@@ -32,25 +32,17 @@ class Mode:
     legacy: bool = False
     on_policy: bool = True
     critic: bool = False
-    max_response_length: int = 128
+    response_length: int = 128
 
 
 MODES = {
     "sync": Mode(("trainer.test_freq=2",)),
     "colocate_async": Mode(("trainer.v1.trainer_mode=colocate_async",), on_policy=False),
-    # Long turns, so that some are under way when the weights change.
-    "separate_async": Mode(
-        ("trainer.v1.trainer_mode=separate_async", "gymlink.max_turn_tokens=48", "data.max_response_length=256"),
-        on_policy=False,
-        max_response_length=256,
-    ),
+    "separate_async": Mode(("trainer.v1.trainer_mode=separate_async",), on_policy=False),
     "legacy": Mode(("trainer.use_v1=false", "trainer.test_freq=2"), legacy=True),
-    # Responses are cut, where linear rollouts of four turns have the user's words.
+    # Linear rollouts of four turns are cut where they have the user's words.
     "critic": Mode(
-        ("algorithm.adv_estimator=gae", "data.max_response_length=60"),
-        {"VERL_ON_CPU_ROUTED_EXPERTS": "1"},
-        critic=True,
-        max_response_length=60,
+        ("algorithm.adv_estimator=gae",), {"VERL_ON_CPU_ROUTED_EXPERTS": "1"}, critic=True, response_length=60
     ),
 }
 
@@ -68,14 +60,14 @@ class Trained:
 
     def rollout_of(self) -> dict[Key, dict[str, Any]]:
         """The rollout that each trained row is part of, by the row's key."""
-        return {key: rollout for rollout in self.collected for key in keys_of(rollout, self.mode.max_response_length)}
+        return {key: rollout for rollout in self.collected for key in keys_of(rollout, self.mode.response_length)}
 
 
-def keys_of(rollout: dict[str, Any], max_response_length: int) -> list[Key]:
+def keys_of(rollout: dict[str, Any], response_length: int) -> list[Key]:
     """What must reach the loss of a rollout: its segments, cut to verl's length, up to the last trained token."""
     keys = []
     for segment in rollout["segments"]:
-        mask = segment["response_mask"][:max_response_length]
+        mask = segment["response_mask"][:response_length]
         length = max((at + 1 for at, trained in enumerate(mask) if trained), default=0)
         response = (segment[f"response_{name}"][:length] for name in ("ids", "mask", "logprobs"))
         keys.append((tuple(segment["prompt_ids"]), *map(tuple, response)))
@@ -85,7 +77,9 @@ def keys_of(rollout: dict[str, Any], max_response_length: int) -> list[Key]:
 @pytest.fixture(scope="module", params=MODES)
 def trained(request: pytest.FixtureRequest, run_verl: Any) -> Trained:
     mode = MODES[request.param]
-    run = run_verl(*mode.overrides, f"trainer.total_training_steps={STEPS}", env=mode.env)
+    # Slow agents, where the trainer does not wait for all: the weights change while rollouts are under way.
+    rows = MIXED if mode.on_policy else [{**row, "pause_s": PAUSE_S} for row in MIXED]
+    run = run_verl(*mode.overrides, f"data.max_response_length={mode.response_length}", rows=rows, env=mode.env)
     assert run.status == 0, run.said[-5000:]
     return Trained(mode, run)
 
@@ -106,7 +100,7 @@ def test_every_sampled_token_is_trained_once(trained: Trained) -> None:
     failed = [rollout for rollout in rollouts if rollout["status"] == "failed"]
     assert len(scored) + len(failed) == len(rollouts)
     assert failed
-    expected = Counter(key for rollout in scored for key in keys_of(rollout, trained.mode.max_response_length))
+    expected = Counter(key for rollout in scored for key in keys_of(rollout, trained.mode.response_length))
     assert set(expected.values()) == {1}
     assert Counter(row.key for row in trained.run.rows if row.is_trained) == expected
 
@@ -252,7 +246,7 @@ def test_routed_experts_are_those_of_the_last_turn(trained: Trained) -> None:
 
 
 def test_some_rollouts_go_on_with_new_weights(trained: Trained) -> None:
-    """A turn that is under way when the weights change is continued by the new ones, and the row says so."""
+    """A rollout that is under way when the weights change is continued with the new ones, and the row says so."""
     if trained.mode.on_policy:
         pytest.skip("waits for every rollout")
     spread = {newest - oldest for oldest, newest in (row.versions for row in trained.run.rows if row.is_trained)}

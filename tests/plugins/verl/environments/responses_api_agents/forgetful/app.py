@@ -1,9 +1,11 @@
 """An agent of four turns that may replace its history by a summary after the second, and scores by itself.
 
 A row's fields: `forget_every` (each that many rollouts one forgets; 0 when not given, and none does), `bonus` (added to
-the reward). Rollouts are counted by `forget_every`, in the order in which they begin.
+the reward), `pause_s` (before each turn but the first). Rollouts are counted by `forget_every`, in the order in which
+they begin.
 """
 
+import asyncio
 from collections import Counter
 
 from nemo_gym.base_resources_server import BaseRunRequest, BaseVerifyResponse
@@ -68,6 +70,7 @@ class ForgetfulAgent(SimpleResponsesAPIAgent):
         params = body.responses_create_params
         history, said, shares = list(params.input), [], []
         for turn in range(1, TURNS + 1):
+            await asyncio.sleep(float(row.get("pause_s", 0)) if turn > 1 else 0)
             response = await self.responses(params.model_copy(update={"input": [*history, *said]}))
             shares.append(share_of_letters(text_of(response)))
             said.extend(response.output)
