@@ -129,9 +129,9 @@ def test_a_prompt_too_long_for_the_policy_fails_alone(session, policy, environme
 def test_rollouts_are_written_as_they_end(session, policy, environments) -> None:
     policy.reply = lambda prompt: "1234"
     path = session.run_dir / "rollouts.jsonl"
-    before = len(path.read_text().splitlines()) if path.exists() else 0
+    before = len(path.read_bytes().splitlines()) if path.exists() else 0
     collect(session, environments / "resources_servers/keypad/data/train.jsonl", 3)
-    lines = [json.loads(line) for line in path.read_text().splitlines()[before:]]
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()[before:]]
     assert len(lines) == 3
     assert {line["agent"] for line in lines} == {"keypad_agent"}
     assert all(line["tokens_trained"] == sum(line["segments"][0]["response_mask"]) for line in lines)

@@ -34,7 +34,7 @@ def run(*command: str) -> str:
 def assert_two_steps(said: str, output: Path) -> None:
     """Each step's reward is in TRL's log; every rollout, of training and of evaluation, was scored and written down."""
     assert len(re.findall(r"'reward': ", said)) == 2, said[-4000:]
-    rollouts = [json.loads(line) for line in (output / "gym" / "rollouts.jsonl").read_text().splitlines()]
+    rollouts = [json.loads(line) for line in (output / "gym" / "rollouts.jsonl").read_bytes().splitlines()]
     assert len(rollouts) >= 2 * 32
     assert all(rollout["status"] != "failed" and rollout["turns"] == 2 for rollout in rollouts)
     assert all(0.0 <= rollout["reward"] <= 1.0 for rollout in rollouts)

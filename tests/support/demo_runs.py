@@ -14,8 +14,7 @@ from typing import Any
 
 import psutil
 
-MARK = "GYMLINK_TEST_MARK"
-"""Environment variable that every process of one demo inherits."""
+from processes import MARK, marked
 
 SUMMARY_KEYS = {
     "framework", "framework_version", "gym_version", "environment", "steps", "rollouts", "failed", "reward_first",
@@ -70,23 +69,16 @@ class Demo:
         assert errors
         assert all(0 < error <= 1e-4 for error in errors)
         assert summary["tokens_trained"] + summary["tokens_dropped"] == summary["tokens_sampled"] > 0
-        logged = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
+        logged = [json.loads(line) for line in (self.output / "metrics.jsonl").read_bytes().splitlines()]
         assert [one["step"] for one in logged] == list(range(1, steps + 1))
-        rollouts = [json.loads(line) for line in (self.output / "rollouts.jsonl").read_text().splitlines()]
+        rollouts = [json.loads(line) for line in (self.output / "rollouts.jsonl").read_bytes().splitlines()]
         assert len(rollouts) == summary["rollouts"]
         assert sum(rollout["tokens_sampled"] for rollout in rollouts) == summary["tokens_sampled"]
         assert (self.output / "reward.png").stat().st_size > 0
         return summary
 
     def alive(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return marked(self._mark)
 
     def assert_nothing_is_left(self, deadline_s: float = 30) -> None:
         until = time.monotonic() + deadline_s

@@ -25,10 +25,10 @@ import psutil
 import torch
 import yaml
 
+from processes import MARK, marked
+
 ENVIRONMENTS = Path(__file__).parents[1] / "plugins" / "verl" / "environments"
 ON_CPU = Path(__file__).parents[1] / "verl_on_cpu"
-MARK = "GYMLINK_TEST_RUN"
-"""The environment variable by which the processes of a run are known: those of verl, of Ray and of Gym."""
 PATIENCE_S = 20.0
 """How long what a run started may outlast it."""
 RUN_TIMEOUT_S = 400.0
@@ -240,7 +240,7 @@ def _marked_environment(folder: Path, more: Mapping[str, str]) -> Iterator[dict[
         }
     finally:
         for _ in range(5):  # a process may start another while it is being ended
-            psutil.wait_procs(list(map(_killed, _of_run(mark))), timeout=2)
+            psutil.wait_procs(list(map(_killed, marked(mark))), timeout=2)
         shutil.rmtree(ray_folder, ignore_errors=True)
 
 
@@ -265,18 +265,9 @@ def _run(arguments: Sequence[str], folder: Path, environment: Mapping[str, str])
 def _wait_for_the_end(mark: str) -> tuple[str, ...]:
     """The names of a run's processes that do not end."""
     deadline = time.monotonic() + PATIENCE_S
-    while (there := _of_run(mark)) and time.monotonic() < deadline:
+    while (there := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.5)
     return tuple(_name(process) for process in there)
-
-
-def _of_run(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def _killed(process: psutil.Process) -> psutil.Process:

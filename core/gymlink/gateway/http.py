@@ -32,11 +32,18 @@ def application(routes: list[Route], secret: str) -> ASGIApp:
 
 async def read_body(request: Request) -> bytes:
     """Raises `WireError` 413 for more than `MAX_BODY_BYTES`."""
-    declared = int(request.headers.get("content-length") or 0)
-    if declared > MAX_BODY_BYTES:
-        message = f"The request body has {declared} bytes; at most {MAX_BODY_BYTES} are read."
+    _refuse_beyond_limit(int(request.headers.get("content-length") or 0))
+    body = bytearray()
+    async for chunk in request.stream():  # a body may come without a length
+        body += chunk
+        _refuse_beyond_limit(len(body))
+    return bytes(body)
+
+
+def _refuse_beyond_limit(size: int) -> None:
+    if size > MAX_BODY_BYTES:
+        message = f"The request body has {size} bytes or more; at most {MAX_BODY_BYTES} are read."
         raise WireError(413, message, kind="invalid_request_error")
-    return await request.body()
 
 
 def guarded(handler: Handler) -> Handler:

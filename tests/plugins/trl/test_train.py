@@ -210,7 +210,7 @@ def test_two_processes_collect_a_slice_each(run_file: Callable[..., Path], tmp_p
     )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     written = [
-        [json.loads(line) for line in (tmp_path / "out" / "gym" / name).read_text().splitlines()]
+        [json.loads(line) for line in (tmp_path / "out" / "gym" / name).read_bytes().splitlines()]
         for name in ("rollouts.jsonl", "rollouts.rank1.jsonl")
     ]
     assert [len(rollouts) for rollouts in written] == [16, 16]  # 2 steps of 4 and 8 to evaluate, in each process

@@ -119,7 +119,7 @@ def test_the_example_trains_as_its_page_says(tmp_path: Path) -> None:
     assert len(re.findall(r"rollout/reward_mean:", said)) == 2, said[-4000:]
     assert "val-core/keypad_agent/reward/mean@1" in said
     folder = tmp_path / "runs" / "verl" / "gym"
-    rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_bytes().splitlines()]
     assert len(rollouts) == 2 * 4 * 8 + 16
     assert all(rollout["status"] != "failed" and rollout["turns"] == 2 for rollout in rollouts)
     assert {path.name for path in folder.iterdir()} == {"rollouts.jsonl", "gym.json", "logs"}

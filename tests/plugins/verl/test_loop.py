@@ -21,7 +21,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from gymlink.align import build_segments
 from gymlink.config import GatewaySettings, GymSettings, Settings
 from gymlink.errors import ConfigError, GymlinkError, RolloutError
-from gymlink.host import HostedGym
+from gymlink.host import GymHost, HostedGym
 from gymlink.rollout import Figures, Recorder
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling, Turn
 from gymlink_verl import loop
@@ -76,12 +76,19 @@ class Worker:
         )
 
 
+class AlwaysWell(GymHost):
+    """A Gym that is looked at and never called: the worker is a stand-in."""
+
+    def check(self) -> None: ...
+
+
 class Told(JobActor):
     """The job's actor, which also keeps what it is told."""
 
     def __init__(self, run_dir: Path) -> None:
         settings = Settings(gym=GymSettings(config_paths=["a.yaml"]))
         super().__init__(settings, str(run_dir), GatewaySettings())
+        self._host = AlwaysWell(settings, run_dir)
         self.told: list[tuple[str, Figures]] = []
 
     async def ended(self, split: str, figures: Figures, line: bytes) -> None:
@@ -188,7 +195,7 @@ async def test_a_failed_rollout_gives_no_row_and_its_siblings_are_kept(bench: Ca
     request, sampling = process.worker.asked[0]
     assert (request.index, request.group) == (7, "u")
     assert sampling == Sampling(1.0, 1.0, 0, max_tokens=process.station.options.max_turn_tokens)
-    assert len((process.run_dir / "rollouts.jsonl").read_text().splitlines()) == 4
+    assert len((process.run_dir / "rollouts.jsonl").read_bytes().splitlines()) == 4
 
 
 async def test_a_scored_rollout_that_is_alone_is_dropped_and_its_tokens_counted(bench: Callable[..., Bench]) -> None:

@@ -21,9 +21,8 @@ import psutil
 import pytest
 
 from gymlink.demo import environments_root
+from processes import MARK, marked
 
-MARK = "GYMLINK_TEST_CLUSTER"
-"""The environment variable by which the processes of a driver are known: its own, those of Ray and of Gym."""
 TIMEOUT_S = 300.0
 
 
@@ -52,12 +51,7 @@ class Driver:
 
     def there(self) -> list[psutil.Process]:
         """All processes that came from it and still run."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return marked(self.mark)
 
     def left(self, patience_s: float) -> list[str]:
         """The command lines of those that are still there after `patience_s`."""
