@@ -152,6 +152,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
                 return made.station
 
             patch.setattr(Station, "of", of)
+            patch.setattr(Job, "of", lambda _: made.station.job)
             return made
 
         yield make

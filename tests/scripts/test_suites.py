@@ -110,10 +110,13 @@ def test_an_unknown_suite_is_status_2(checkout: Checkout) -> None:
     assert "No suite is called 'cores'; known: core, trl, verl." in answer.stderr
 
 
-def test_ctrl_c_lets_the_tests_clean_up(checkout: Checkout) -> None:
+def test_ctrl_c_lets_the_tests_clean_up(checkout: Checkout, suites: ModuleType) -> None:
     checkout.write_pyproject("pytest")
-    for folder in ("core", "contract", "docs", "scripts"):
-        (checkout.root / "tests" / folder).mkdir(parents=True)
+    for name in suites.SUITES["core"].folders:
+        path = checkout.root / name
+        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.touch()
     (checkout.root / "tests" / "core" / "test_it.py").write_text(WAITS)
     assert checkout.bootstrap("trl").returncode == 0
     command = [sys.executable, str(checkout.root / "scripts" / "suites.py"), "core", "--", "-s"]

@@ -113,7 +113,7 @@ class GuardedProcess:
                 os.write(self._lifeline, b"stop")
             os.close(self._lifeline)
             self._lifeline = -1
-        if self.wait(GRACE_S + 10) is None:
+        if self.wait(GRACE_S + 15) is None:
             self._process.kill()
             self._process.wait()
         if self._process.returncode < 0:  # it was killed, and the guard may not have ended yet
@@ -203,6 +203,7 @@ class _Guard:
             self._reap()
 
     def _end_descendants(self) -> None:
+        self._end_guards()
         # Again until none is left: a process may start another while it is being ended.
         for patience_s in (1.0, 0.2, 0.2, 0.2, 0.2):
             remaining = self._descendants()
@@ -212,11 +213,25 @@ class _Guard:
             self._reap()
         self._reap()
 
+    def _end_guards(self) -> None:
+        """Guards among the descendants clean up behind themselves: they have the time that this takes."""
+        guards = [process for process in self._descendants() if _is_guard(process)]
+        for guard in guards:
+            with contextlib.suppress(psutil.Error):
+                guard.terminate()
+        psutil.wait_procs(guards, timeout=GRACE_S + 5)
+
     def _descendants(self) -> list[psutil.Process]:
         children = psutil.Process().children(recursive=True)
         if self._is_subreaper:
             return children
         return [process for process in {*children, *marked(self._mark)} if process.pid != self._parent]
+
+
+def _is_guard(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return str(Path(__file__).resolve()) in process.cmdline()
+    return False
 
 
 def _become_subreaper() -> bool:

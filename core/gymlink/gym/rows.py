@@ -50,7 +50,7 @@ def check_rows(path: str | Path, agents: Sequence[str] | None = None) -> dict[st
 
     Rows that name no agent are counted under "" (only when `agents` is None).
     """
-    return dict(Counter(row.get("agent_ref", {}).get("name", "") for row in read_rows(path, agents=agents)))
+    return dict(Counter((row.get("agent_ref") or {}).get("name", "") for row in read_rows(path, agents=agents)))
 
 
 def parse_row(line: bytes, where: str, agents: Sequence[str] | None = None) -> dict[str, Any]:

@@ -78,10 +78,13 @@ def describe_failures(rollouts: Sequence[Figures]) -> str | None:
     return f"{len(failed)} of {len(rollouts)} rollouts failed ({kinds}); the first: {detail}"
 
 
-def refuse_if_too_many_failed(rollouts: Sequence[Figures], allowed: float) -> None:
-    """Raises `RolloutError` when more than the share `allowed` of these rollouts failed."""
+def refuse_if_too_many_failed(rollouts: Sequence[Figures], allowed: float, *, under_way: int = 0) -> None:
+    """Raises `RolloutError` when more than the share `allowed` of these rollouts failed.
+
+    `under_way` is how many more belong to them and have not ended yet.
+    """
     failed = sum(rollout.has_failed for rollout in rollouts)
-    if failed > allowed * len(rollouts):
+    if failed > allowed * (len(rollouts) + under_way):
         raise RolloutError(
             f"Too many rollouts failed, more than rollout.max_failed_fraction = {allowed:g} allows. "
             f"{describe_failures(rollouts)}"

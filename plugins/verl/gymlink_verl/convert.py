@@ -17,7 +17,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from gymlink.rollout import Figures
 from gymlink.types import Rollout, RolloutStatus, Segment, Turn
 
-OVER_LENGTH = "max_response_length"
+OVER_LENGTH = "over_length"
 """The reason under which sampled tokens beyond verl's `data.max_response_length` are counted."""
 
 

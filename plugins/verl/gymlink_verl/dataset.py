@@ -17,6 +17,10 @@ from gymlink_verl.job import Job
 Split = Literal["train", "val"]
 
 
+NO_AGENT = "gym"
+"""The data source of rows that name no agent."""
+
+
 class GymDataset(Dataset[dict[str, Any]]):
     """The rows of one or several Gym JSONL files, which may belong to several environments.
 
@@ -44,14 +48,14 @@ class GymDataset(Dataset[dict[str, Any]]):
         self._rows = [orjson.dumps(row) for row in rows]
         if config is not None and ray.is_initialized():
             # Gym starts while the trainer loads the model.
-            Job.of(config["gymlink"]).expect({row["agent_ref"]["name"] for row in rows if "agent_ref" in row})
+            Job.of(config["gymlink"]).expect({_agent_of(row) for row in rows})
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = orjson.loads(self._rows[index])
-        source = row.get("agent_ref", {}).get("name", "gym")
+        source = _agent_of(row) or NO_AGENT
         return {
             "gym_row": self._rows[index].decode(),
             "gym_split": self.split,
@@ -63,6 +67,11 @@ class GymDataset(Dataset[dict[str, Any]]):
             # The legacy trainer cannot make a batch without a tensor.
             "dummy_tensor": torch.tensor([0], dtype=torch.uint8),
         }
+
+
+def _agent_of(row: Mapping[str, Any]) -> str:
+    """The agent's name; "" when the row names none, and the only one that runs takes it."""
+    return str((row.get("agent_ref") or {}).get("name", ""))
 
 
 _made: set[Split] = set()

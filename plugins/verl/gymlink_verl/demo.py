@@ -117,6 +117,7 @@ class _Watch:
         self._lines = _Lines(metrics)
         self._said = _Lines(request.output / LOG)
         self._seen: list[Mapping[str, float]] = []
+        self._rewards: list[float] = []
         self._started: float | None = None
         self._ended = 0.0
         request.report("starting verl")
@@ -136,7 +137,8 @@ class _Watch:
             self._request.on_start(self._steps)
         self._ended = time.perf_counter()
         self._seen.append(figures)
-        self._request.on_step({"step": float(step), "reward": figures["rollout/reward_mean"], **figures})
+        self._rewards.append(figures["critic/score/mean"])
+        self._request.on_step({"step": float(step), "reward": self._rewards[-1], **figures})
 
     def result(self, steps: int) -> DemoResult:
         if self._started is None:
@@ -149,7 +151,7 @@ class _Watch:
             steps=steps,
             rollouts=self._sum("count"),
             failed=self._sum("failed"),
-            rewards=[figures["rollout/reward_mean"] for figures in self._seen],
+            rewards=self._rewards,
             prefix_breaks=self._sum("prefix_breaks"),
             tokens_sampled=self._sum("tokens_sampled"),
             tokens_trained=self._sum("tokens_trained"),

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from gymlink.config import GatewaySettings, Settings, load_settings
-from gymlink.errors import ConfigError, GymlinkError, GymStartError
+from gymlink.errors import ConfigError, GymlinkError, GymStartError, RolloutError
 from gymlink.host import GymHost, HostedGym
 from gymlink.report import Reporter
 from gymlink.rollout import Figures, Recorder
@@ -49,6 +50,7 @@ class JobActor:
         self._host = GymHost(settings, self._run_dir, front=front, report=self._report)
         self._recorder = Recorder(self._run_dir / "rollouts.jsonl", detail=settings.rollout.record)
         self._starting: asyncio.Task[HostedGym] | None = None
+        self._broken: GymlinkError | None = None
         self._agents: set[str] = set()
         self._ended: dict[str, deque[Figures]] = {split: deque(maxlen=TOLD) for split in ("train", "val")}
         self._neutral = NeutralRewards(settings.rollout.max_failed_fraction)
@@ -100,11 +102,22 @@ class JobActor:
 
     async def ended(self, split: str, figures: Figures, line: bytes) -> None:
         """A rollout has ended; `line` is what is recorded of it."""
-        self._recorder.append(line)
         self._ended[split].append(figures)
+        self._recorder.append(line)
+
+    async def broken(self, error: GymlinkError) -> None:
+        """Agent loops cannot run, for this reason: whoever asks next for what has ended gets it instead."""
+        note_error(self._run_dir, error)
+        self._broken = self._broken or error
 
     async def take(self, split: str) -> list[Figures]:
-        """Those that ended since this was last asked. Raises `GymError` when one of Gym's servers has died."""
+        """Those that ended since this was last asked.
+
+        Raises:
+            GymError: one of Gym's servers has died. GymlinkError: agent loops cannot run.
+        """
+        if self._broken is not None:
+            raise self._broken
         self._host.check()
         taken = list(self._ended[split])
         self._ended[split].clear()
@@ -138,7 +151,7 @@ class Job:
         self.actor = actor
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Job:
+    def of(cls, options: Mapping[str, Any] | None) -> Job:
         """The job's actor, made when there is none yet. `options` is the node `gymlink` of the trainer's settings.
 
         Raises:
@@ -151,23 +164,24 @@ class Job:
         return _job[1]
 
     def expect(self, agents: Collection[str]) -> None:
-        ray.get(self.actor.expect.remote(set(agents)))
+        """The job's rows are for these agents; "" stands for those that name none."""
+        _ask(self.actor.expect.remote(set(agents)))
 
     def wait(self) -> HostedGym:
         """Wait until Gym runs. Raises as `JobActor.hosted`."""
-        gym: HostedGym = ray.get(self.actor.hosted.remote())
+        gym: HostedGym = _ask(self.actor.hosted.remote())
         return gym
 
     def take(self, split: str) -> Sequence[Figures]:
-        taken: Sequence[Figures] = ray.get(self.actor.take.remote(split))
+        taken: Sequence[Figures] = _ask(self.actor.take.remote(split))
         return taken
 
     def settings(self) -> Settings:
-        settings: Settings = ray.get(self.actor.settings.remote())
+        settings: Settings = _ask(self.actor.settings.remote())
         return settings
 
     def note(self, error: GymlinkError) -> None:
-        ray.get(self.actor.note.remote(error))
+        _ask(self.actor.note.remote(plain(error)))
 
 
 _job: tuple[tuple[str, str], Job] | None = None
@@ -180,6 +194,22 @@ def _ray_job() -> tuple[str, str]:
     return context.get_node_id(), context.get_job_id()
 
 
+def _ask(answer: Any) -> Any:
+    """Wait for an answer of the actor's; its errors are raised as what they are, without Ray's own around them."""
+    try:
+        return ray.get(answer)
+    except RayTaskError as error:
+        raise plain(error) from error
+
+
+def plain(error: Exception) -> GymlinkError:
+    """The error, out of what Ray wraps around it, as one that can be sent from process to process."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, GymlinkError) and "__init__" not in vars(type(cause)):
+        return cause
+    return RolloutError(f"{type(cause).__name__}: {cause}")
+
+
 def _find() -> Any:
     try:
         return ray.get_actor(ACTOR)
@@ -187,11 +217,13 @@ def _find() -> Any:
         return None
 
 
-def _make(options: Mapping[str, Any]) -> Any:
+def _make(options: Mapping[str, Any] | None) -> Any:
+    if options is None:
+        raise ConfigError("verl's configuration has no gymlink.gym_config: add +gymlink=gym to the command line.")
     settings = load_settings(options["gym_config"])
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     placed = ray.remote(JobActor).options(
-        name=ACTOR, get_if_exists=True, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here
+        name=ACTOR, get_if_exists=True, num_cpus=0, max_concurrency=1_000_000, scheduling_strategy=here
     )
     return placed.remote(settings, str(Path(options["run_dir"]).expanduser().absolute()), front_of(settings))
 
@@ -242,7 +274,12 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_agents(wanted: Collection[str], running: Collection[str]) -> None:
-    if missing := sorted(set(wanted) - set(running)):
+    if "" in wanted and len(running) != 1:
+        raise ConfigError(
+            f"There are rows without agent_ref, and {len(running)} agents run ({', '.join(sorted(running))}): name one "
+            'in each row, as {"type": "responses_api_agents", "name": ...}.'
+        )
+    if missing := sorted(set(wanted) - {"", *running}):
         raise ConfigError(
             f"The rows are for the agent {missing[0]!r}, which does not run; running: {', '.join(sorted(running))}. "
             "Add its config to gym.config_paths, or mend the rows' agent_ref."

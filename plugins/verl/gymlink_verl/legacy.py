@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from gymlink.errors import RolloutError
 from gymlink.rollout import Figures, describe_failures, refuse_if_too_many_failed
 
-GROUPS_KEPT = 100_000
+GROUPS_KEPT = 10_000
 JUDGED = 256
 """Failures are judged over this many of the latest rollouts."""
 

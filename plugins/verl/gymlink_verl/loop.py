@@ -9,6 +9,7 @@ takes a row for every rollout: a failed one's has nothing to train and a neutral
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,14 +23,18 @@ from gymlink.types import Rollout, RolloutRequest, Sampling
 from gymlink.worker import RolloutWorker
 from gymlink_verl.convert import masked_output, outputs_of
 from gymlink_verl.engine import ServerEngine
-from gymlink_verl.job import Job, worker_gateway_of
+from gymlink_verl.job import Job, plain, worker_gateway_of
 from gymlink_verl.options import Options, read_options, sampling_of
-from gymlink_verl.siblings import Group, Siblings
+from gymlink_verl.siblings import ALONE, Group, Siblings
 
-ALONE = "alone_in_group"
-"""The reason under which the tokens of a scored rollout are counted whose siblings all failed."""
 COMPARABLE = 2
 """Rollouts that a group-relative estimator needs of a group."""
+NEEDED = ("gym_row", "gym_split", "index")
+"""Fields of a sample that the agent loop reads, beside verl's own."""
+
+
+class GroupFailedError(RolloutError):
+    """Too few of a group were scored: verl goes on without it, or replaces it."""
 
 
 class GymAgentLoop(AgentLoopBase):
@@ -42,18 +47,36 @@ class GymAgentLoop(AgentLoopBase):
             RolloutError: a whole group cannot be used; with the legacy trainer, too many rollouts failed.
             GymlinkError: Gym did not start, or a setting cannot work.
         """
-        if "gym_row" not in fields:
-            raise ConfigError(
-                f"A sample without the field 'gym_row' came to gymlink's agent loop (it has {', '.join(fields)}): "
-                "take the rows with data.custom_cls, as +gymlink=gym does."
-            )
-        if "session_id" in fields and fields["gym_split"] == "train":
-            return await self._in_group(sampling_params, fields)
+        job = Job.of(self.config.get("gymlink"))
+        try:
+            _check_fields(fields)
+            if not self.config.trainer.use_v1:
+                return await self._padded(job, sampling_params, fields)
+            if fields["gym_split"] == "train":
+                return await self._in_group(sampling_params, fields)
+            station = await Station.of(self)
+            return await _trained(station, await station.collect(sampling_params, fields), fields)
+        except GroupFailedError:
+            raise
+        except Exception as error:
+            # No failed rollout, but something that the next one would meet too: verl would go on without end.
+            await job.actor.broken.remote(plain(error))
+            raise
+
+    async def _padded(self, job: Job, sampling_params: dict[str, Any], fields: dict[str, Any]) -> AgentLoopOutput:
+        """The one row that the legacy trainer takes for every rollout."""
+        split, group, actor = str(fields["gym_split"]), str(fields["uid"]), job.actor
+        await actor.begun.remote(split)
         station = await Station.of(self)
-        if not station.options.v1:
-            return await _padded(station, sampling_params, fields)
         rollout = await station.collect(sampling_params, fields)
-        return await _trained(station, rollout, fields)
+        outputs, figures = _rows(station, rollout)
+        await station.tell(fields, rollout, figures)
+        agent = str(rollout.request.row["agent_ref"]["name"])
+        await actor.scored.remote(split, group, figures, agent)
+        if outputs:
+            return outputs[-1]
+        reward = await actor.neutral_reward.remote(split, group, station.options.siblings[split], agent)
+        return masked_output(rollout, station.options.shape, reward)
 
     async def _in_group(self, sampling_params: dict[str, Any], fields: dict[str, Any]) -> list[AgentLoopOutput]:
         uid, rollout = str(fields["uid"]), None
@@ -70,8 +93,16 @@ class GymAgentLoop(AgentLoopBase):
         await station.tell(fields, rollout, _untrained(rollout))
         if rollout is group.ended[-1]:
             # One of them says so, and verl takes the group as failed: its asynchronous trainers replace it.
-            raise RolloutError(_why_unusable(group))
+            raise GroupFailedError(_why_unusable(group))
         return []
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    if missing := [name for name in NEEDED if name not in fields]:
+        raise ConfigError(
+            f"A sample without the field {missing[0]!r} came to gymlink's agent loop (it has {', '.join(fields)}): "
+            "take the rows with data.custom_cls, as +gymlink=gym does."
+        )
 
 
 async def _trained(station: Station, rollout: Rollout, fields: dict[str, Any]) -> list[AgentLoopOutput]:
@@ -79,21 +110,6 @@ async def _trained(station: Station, rollout: Rollout, fields: dict[str, Any]) -
     outputs, figures = _rows(station, rollout)
     await station.tell(fields, rollout, figures)
     return outputs
-
-
-async def _padded(station: Station, sampling_params: dict[str, Any], fields: dict[str, Any]) -> AgentLoopOutput:
-    """The one row that the legacy trainer takes for every rollout."""
-    split, group, actor = str(fields["gym_split"]), str(fields["uid"]), station.job.actor
-    await actor.begun.remote(split)
-    rollout = await station.collect(sampling_params, fields)
-    outputs, figures = _rows(station, rollout)
-    await station.tell(fields, rollout, figures)
-    agent = str(rollout.request.row["agent_ref"]["name"])
-    await actor.scored.remote(split, group, figures, agent)
-    if outputs:
-        return outputs[-1]
-    reward = await actor.neutral_reward.remote(split, group, station.options.siblings[split], agent)
-    return masked_output(rollout, station.options.shape, reward)
 
 
 def _rows(station: Station, rollout: Rollout) -> tuple[list[AgentLoopOutput], Figures]:
@@ -134,7 +150,7 @@ class Station:
     @classmethod
     async def _set_up(cls, loop: AgentLoopBase) -> Station:
         options = read_options(loop.config, loop.tokenizer.eos_token_id)
-        job = Job.of(loop.config.gymlink)
+        job = Job.of(loop.config.get("gymlink"))
         settings = options.apply(await job.actor.settings.remote())
         gym: HostedGym = await job.actor.hosted.remote()
         worker = RolloutWorker(

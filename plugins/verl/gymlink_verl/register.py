@@ -46,6 +46,7 @@ GROUP: dict[str, Any] = {
                 "custom_sampler": {"path": "pkg://gymlink_verl.sampler", "name": "gym_sampler"},
                 "sampler_kwargs": {
                     "gymlink": "${gymlink}",
+                    "rollout_n": "${actor_rollout_ref.rollout.n}",
                     "filter_groups": "${oc.select:algorithm.filter_groups,null}",
                     "train_batch_size": "${data.train_batch_size}",
                     "gen_batch_size": "${oc.select:data.gen_batch_size,null}",

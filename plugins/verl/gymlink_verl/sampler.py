@@ -15,12 +15,16 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from gymlink.errors import ConfigError, GymlinkError, RolloutError
 from gymlink.rollout import Figures, batch_metrics, describe_failures, refuse_if_too_many_failed
+from gymlink_verl.convert import OVER_LENGTH
 from gymlink_verl.job import Job
+from gymlink_verl.siblings import ALONE
 
 POLL_INTERVAL_S = 0.5
 """How often finished groups are looked for; verl's own default is 2 s, a third of a short step."""
 EMPTY = "no materializable trajectories"
 """In what verl (0.9.1) says of a batch without a row; its other errors are about something else."""
+OWN_REASONS = (ALONE, OVER_LENGTH)
+"""Reasons of this plugin's for which sampled tokens are dropped: told in every batch, as the core's are."""
 SPLITS = {"train": "training", "val": "validation"}
 
 
@@ -38,8 +42,9 @@ class _Judging(ReplayBuffer):
         self._job = Job.of(sampler_kwargs["gymlink"])
         self._allowed = self._job.settings().rollout.max_failed_fraction
         self._told: dict[str, list[Figures]] = {split: [] for split in SPLITS}
-        self._judged: list[Figures] = []
+        self._unjudged: list[Figures] = []
         self._enough = int(sampler_kwargs["train_batch_size"])
+        self._siblings = int(sampler_kwargs["rollout_n"])
         self._started = False
         self._refill = refill_fn
         super().__init__(
@@ -86,25 +91,30 @@ class _Judging(ReplayBuffer):
             )
         if split == "train":
             self._judge(told)
-        return batch_metrics(told)
+        return {f"rollout/tokens_dropped/{reason}": 0.0 for reason in OWN_REASONS} | batch_metrics(told)
 
     def _judge(self, told: list[Figures]) -> None:
         """Asynchronous trainers take batches of few rollouts: those wait until there are enough to judge."""
-        self._judged += told
-        if len(self._judged) >= self._enough:
-            refuse_if_too_many_failed(self._judged, self._allowed)
-            self._judged = []
+        self._unjudged += told
+        if len(self._unjudged) >= self._enough:
+            refuse_if_too_many_failed(self._unjudged, self._allowed)
+            self._unjudged = []
 
     def _judged_refill(self, prompts: int) -> Any:
-        """verl replaces groups that failed, without end: stop when that is what most of them do."""
-        self._wait_for_gym()
-        self._told["train"] += self._job.take("train")
-        told = [*self._judged, *self._told["train"]]
+        """verl replaces groups that failed, without end: stop when that is what most of them do.
+
+        A failure is often faster than a success, so what is under way counts as not failed.
+        """
         try:
+            self._wait_for_gym()
+            self._told["train"] += self._job.take("train")
+            told = [*self._unjudged, *self._told["train"]]
+            groups = len(self.pending_keys["train"]) + len(self.running_keys["train"])
+            under_way = self._siblings * groups
             if len(told) >= self._enough:
-                refuse_if_too_many_failed(told, self._allowed)
-                if all(rollout.has_failed for rollout in told):  # allowed, but there would be no end to it
-                    raise RolloutError(f"Nothing can be trained. {describe_failures(told)}")
+                refuse_if_too_many_failed(told, self._allowed, under_way=under_way)
+            if len(told) >= self._enough + under_way and not any(rollout.tokens_trained for rollout in told):
+                raise RolloutError(f"Nothing can be trained. {describe_failures(told) or 'None failed.'}")
         except GymlinkError as error:
             self._job.note(error)
             raise

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from gymlink.types import Rollout
 
+ALONE = "alone_in_group"
+"""The reason under which the tokens of a scored rollout are counted whose siblings all failed."""
+
 
 @dataclass
 class Group:

@@ -47,7 +47,8 @@ def train(config: Path, arguments: Sequence[str]) -> None:
         check(composed)
     finally:
         reporter.done()
-    run_verl(overrides, run_dir=Path(composed.gymlink.run_dir), output=standard_output())
+    run_dir = Path(composed.gymlink.run_dir).expanduser().absolute()
+    run_verl(overrides, run_dir=run_dir, output=standard_output())
 
 
 def overrides_of(values: Mapping[str, Any]) -> list[str]:
@@ -131,16 +132,19 @@ def check(config: Any) -> None:
     Raises:
         ConfigError: what cannot work, before anything is started.
     """
-    from transformers import AutoTokenizer
+    from verl.utils import hf_tokenizer
 
     from gymlink_verl.options import read_options
 
     settings = load_settings(config.gymlink.gym_config)
-    path = str(config.actor_rollout_ref.model.path)
+    model = config.actor_rollout_ref.model
+    path = str(model.get("tokenizer_path") or model.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.data.get("trust_remote_code", False))
+        tokenizer = hf_tokenizer(path, trust_remote_code=model.get("trust_remote_code", False))
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot load the tokenizer of {path!r}: {str(error).strip().splitlines()[0]}") from error
+    if model.get("custom_chat_template"):
+        tokenizer.chat_template = model.custom_chat_template
     read_options(config, tokenizer.eos_token_id)
     load_format(cast("Tokenizer", tokenizer), name=settings.alignment.format)
     files = config.data.train_files

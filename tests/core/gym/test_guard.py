@@ -119,6 +119,17 @@ def test_a_parent_that_kills_its_children_does_not_kill_the_guard(tmp_path: Path
     process.stop()
 
 
+def test_a_guard_under_a_guard_cleans_up_behind_itself(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    command = [sys.executable, "-c", PARENT, str(tmp_path), TREE]
+    with (tmp_path / "outer").open("wb") as log:
+        outer = GuardedProcess(command, env=dict(os.environ), cwd=tmp_path, output=log)
+    processes = tree(tmp_path)
+    outer.stop()
+    assert gone(processes, 5)
+    assert not (tmp_path / "private").exists()
+
+
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_nothing_outlives_a_parent_that_is_killed(tmp_path: Path, whole_group: bool) -> None:
     (tmp_path / "private").mkdir()

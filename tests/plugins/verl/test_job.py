@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
 from gymlink.config import GatewaySettings, Settings, parse_settings
-from gymlink.errors import ConfigError, GymError, GymlinkError, GymStartError
+from gymlink.errors import ConfigError, GymError, GymlinkError, GymRequestError, GymStartError, RolloutError
 from gymlink.gateway import GatewayServer
 from gymlink.host import HostedGym
 from gymlink.rollout import Figures
 from gymlink.types import RolloutStatus
-from gymlink_verl.job import JobActor, front_of, worker_gateway_of
+from gymlink_verl.job import JobActor, _check_agents, front_of, plain, worker_gateway_of
 from gymlink_verl.launch import noted_error
 
 HERE = "10.1.2.3"
@@ -83,10 +84,7 @@ def test_where_a_workers_gateway_listens(cluster: Any, given: dict[str, Any], ex
 
 def test_an_ipv6_node_has_an_address_that_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "::1")
-    try:
-        server = GatewayServer(None, worker_gateway_of(settings_with()))  # type: ignore[arg-type]
-    except ConfigError:
-        pytest.skip("this machine has no IPv6")
+    server = GatewayServer(None, worker_gateway_of(settings_with()))  # type: ignore[arg-type]
     server._socket.close()
     assert server.url.startswith("http://[::1]:")
 
@@ -148,6 +146,25 @@ async def test_one_who_does_not_wait_any_more_takes_nothing_from_the_others(acto
     await asyncio.sleep(0)
     impatient.cancel()
     assert await actor.hosted() == GYM
+
+
+@pytest.mark.parametrize(("running", "fine"), [({"one"}, True), ({"one", "two"}, False), (set(), False)])
+def test_rows_without_an_agent_are_for_the_only_one(running: set[str], fine: bool) -> None:
+    if fine:
+        _check_agents({"", "one"}, running)
+    else:
+        with pytest.raises(ConfigError, match=rf"rows without agent_ref, and {len(running)} agents run"):
+            _check_agents({""}, running)
+
+
+def test_an_error_comes_out_of_what_ray_wraps_around_it() -> None:
+    error = GymError("the server 'door' has died")
+    wrapped = RayTaskError("take", "Traceback (most recent call last): ...", error).as_instanceof_cause()
+    assert isinstance(wrapped, GymError)
+    assert plain(wrapped) is error
+    assert plain(error) is error
+    assert str(plain(ValueError("x"))) == "ValueError: x"
+    assert type(plain(GymRequestError("no", kind="http"))) is RolloutError
 
 
 async def test_rows_for_an_agent_that_does_not_run_stop_the_job(actor: JobActor, tmp_path: Path) -> None:

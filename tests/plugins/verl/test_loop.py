@@ -25,7 +25,7 @@ from gymlink.host import GymHost, HostedGym
 from gymlink.rollout import Figures, Recorder
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling, Turn
 from gymlink_verl import loop
-from gymlink_verl.job import JobActor
+from gymlink_verl.job import Job, JobActor
 from gymlink_verl.loop import ALONE, GymAgentLoop, Station
 from gymlink_verl.options import read_options
 
@@ -172,6 +172,7 @@ def bench(
             return made.station
 
         monkeypatch.setattr(Station, "of", of)
+        monkeypatch.setattr(Job, "of", lambda _: made.station.job)
         return made
 
     yield make
@@ -316,3 +317,33 @@ async def test_a_process_is_set_up_once_also_when_that_fails(monkeypatch: pytest
     results = await asyncio.gather(*(Station.of(cast("Any", None)) for _ in range(3)), return_exceptions=True)
     assert [str(result) for result in results] == ["no Gym"] * 3
     assert made == ["once"]
+
+
+async def test_what_is_no_failed_rollout_ends_the_run(bench: Callable[..., Bench]) -> None:
+    """verl would replace such a group for ever, or go on without it."""
+    process = bench(GRPO)
+    broken = ConfigError("the disk is full")
+
+    async def tell(*_: object) -> None:
+        raise broken
+
+    process.station.tell = tell  # type: ignore[method-assign]
+    results = await process.group(1.0, 2.0)
+    assert results == [broken, broken]
+    with pytest.raises(ConfigError, match="the disk is full"):
+        await process.actor.take("train")
+    assert "ConfigError: the disk is full" in (process.run_dir / "error.txt").read_text()
+
+
+async def test_a_group_that_failed_does_not_end_the_run(bench: Callable[..., Bench]) -> None:
+    process = bench(GRPO)
+    results = await process.group(None, None)
+    assert [type(result).__name__ for result in results if result != []] == ["GroupFailedError"]
+    assert len(await process.actor.take("train")) == 2
+
+
+@pytest.mark.parametrize("field", ["gym_row", "gym_split", "index"])
+async def test_a_sample_without_a_field_is_told(bench: Callable[..., Bench], field: str) -> None:
+    sample = {name: value for name, value in fields("train", "u").items() if name != field}
+    with pytest.raises(ConfigError, match=rf"without the field '{field}' .* data\.custom_cls"):
+        await bench(GRPO).loop().run(PARAMS, **sample, session_id=0)

@@ -311,6 +311,24 @@ def test_groups_are_not_replaced_without_end(
     assert sum(asked) == BATCH
 
 
+def test_failures_that_are_faster_than_the_rest_are_not_taken_for_all(
+    trainer: Trainer, job: JobDouble, store: Store
+) -> None:
+    """Of an environment that is down, groups fail in no time; those of the others are under way."""
+    refilled: list[int] = []
+    replay = buffer(trainer, "colocate_async", refill=refilled.append)
+    for at in range(BATCH):
+        store.put("train", f"slow{at}", 0, "running")
+    store.put("train", "down", 0, "failure")
+    job.told["train"] = [FAILED] * BATCH
+    replay._sync_metadata_from_transfer_queue()
+    replay.refill_fn(1)
+    assert refilled == [1]
+    job.told["train"] = [FAILED] * 1000
+    with pytest.raises(RolloutError, match="Too many rollouts failed"):
+        replay.refill_fn(1)
+
+
 @pytest.mark.parametrize("mode", ["sync", "colocate_async"])
 def test_gym_that_did_not_start_is_told_by_the_first_sample(
     trainer: Trainer, job: JobDouble, store: Store, mode: str
@@ -339,7 +357,7 @@ def test_it_is_made_by_keyword_as_verl_makes_it(job: JobDouble) -> None:
         trainer_config={},
         max_off_policy_threshold=None,
         max_off_policy_strategy="drop",
-        sampler_kwargs={"gymlink": {}, "train_batch_size": 2},
+        sampler_kwargs={"gymlink": {}, "train_batch_size": 2, "rollout_n": 4},
         refill_fn=None,
     )
     assert (made.train_batch_size, made.gen_batch_size, made.filter_groups_metric) == (2, 2, None)

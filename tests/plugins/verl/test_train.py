@@ -186,6 +186,12 @@ def test_a_tokenizer_without_a_chat_template_is_refused(
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match="chat template"):
         train(run_file(model_name_or_path="bare"), [])
+    given = "{% for message in messages %}<{{ message.role }}>{{ message.content }}<|im_end|>{% endfor %}"
+    template = given + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    train(run_file(model_name_or_path="bare", actor_rollout_ref={"model": {"custom_chat_template": template}}), [])
+    assert len(started) == 1, "verl gives the tokenizer this template"
+    train(run_file(model_name_or_path="bare", actor_rollout_ref={"model": {"tokenizer_path": str(tiny)}}), [])
+    assert len(started) == 2, "verl takes the tokenizer from there"
 
 
 @pytest.mark.parametrize(

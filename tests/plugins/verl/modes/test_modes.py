@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -45,6 +46,12 @@ MODES = {
         ("algorithm.adv_estimator=gae",), {"VERL_ON_CPU_ROUTED_EXPERTS": "1"}, critic=True, response_length=60
     ),
 }
+
+
+def in_modes(chosen: Callable[[Mode], bool]) -> pytest.MarkDecorator:
+    """For a test that holds in some modes only."""
+    names = [name for name, mode in MODES.items() if chosen(mode)]
+    return pytest.mark.parametrize("trained", names, indirect=True, scope="module")
 
 
 @dataclass(frozen=True)
@@ -145,9 +152,8 @@ def test_versions_are_those_that_the_servers_told(trained: Trained) -> None:
         assert oldest <= min(told) if len(rollout_of[row.key]["segments"]) == 1 else oldest <= max(told)
 
 
+@in_modes(lambda mode: not mode.critic)
 def test_advantages_are_those_of_the_scored_rollouts(trained: Trained) -> None:
-    if trained.mode.critic:
-        pytest.skip("not relative to a group")
     by_group: dict[str, list[float | None]] = defaultdict(list)
     for rollout in trained.collected:
         by_group[rollout["group"]].append(rollout["reward"])
@@ -173,10 +179,9 @@ def advantage_of(reward: float, group: list[float | None], legacy: bool) -> floa
     return (reward - fmean(scored)) / (spread + 1e-6)
 
 
+@in_modes(lambda mode: mode.critic)
 def test_a_critic_learns_the_reward_at_every_token(trained: Trained) -> None:
     """With verl's defaults, gamma and lambda of 1, the return of a token is the reward of its rollout."""
-    if not trained.mode.critic:
-        pytest.skip("no critic")
     rollout_of = trained.rollout_of()
     rows = [row for row in trained.run.rows if row.is_trained]
     assert Counter(row.key for row in trained.run.critic_rows if row.is_trained) == Counter(row.key for row in rows)
@@ -211,13 +216,12 @@ def test_the_log_accounts_for_every_token(trained: Trained) -> None:
         assert total("count") >= ROLLOUTS
         assert total("failed") >= failed
         assert total("tokens_trained") >= tokens
-    cut = sum(figures.get("rollout/tokens_dropped/max_response_length", 0) for figures in logged)
+    cut = sum(figures.get("rollout/tokens_dropped/over_length", 0) for figures in logged)
     assert (cut > 0) == trained.mode.critic
 
 
+@in_modes(lambda mode: "trainer.test_freq=2" in mode.overrides)
 def test_validation_is_told_for_each_environment(trained: Trained) -> None:
-    if "trainer.test_freq=2" not in trained.mode.overrides:
-        pytest.skip("does not validate")
     exams = [rollout for rollout in trained.run.rollouts if rollout["input"][0]["content"].startswith("exam")]
     validated = [figures for figures in trained.run.logged if any(name.startswith("val-core/") for name in figures)]
     assert len(validated) == 2
@@ -245,9 +249,8 @@ def test_routed_experts_are_those_of_the_last_turn(trained: Trained) -> None:
         assert (row.routed_experts[:-1] == told[:-1]).all()
 
 
+@in_modes(lambda mode: not mode.on_policy)
 def test_some_rollouts_go_on_with_new_weights(trained: Trained) -> None:
     """A rollout that is under way when the weights change is continued with the new ones, and the row says so."""
-    if trained.mode.on_policy:
-        pytest.skip("waits for every rollout")
     spread = {newest - oldest for oldest, newest in (row.versions for row in trained.run.rows if row.is_trained)}
     assert max(spread) >= 1
