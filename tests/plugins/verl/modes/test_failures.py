@@ -32,11 +32,6 @@ def test_a_validation_in_which_everything_fails_ends_the_run(run_verl: Any) -> N
     assert_ended(run, "No validation rollout of this batch could be used. 2 of 2 rollouts failed")
 
 
-def test_training_in_which_everything_fails_ends_the_run(run_verl: Any) -> None:
-    run = run_verl(rows=HOPELESS)
-    assert_ended(run, "No training rollout of this batch could be used. 16 of 16 rollouts failed")
-
-
 def test_an_asynchronous_trainer_does_not_replace_failed_groups_for_ever(run_verl: Any) -> None:
     run = run_verl("trainer.v1.trainer_mode=colocate_async", rows=HOPELESS)
     assert_ended(run, "Too many rollouts failed, more than rollout.max_failed_fraction = 0.5 allows.")
