@@ -508,7 +508,8 @@ def _remove(folder: Path) -> None:
 def become(name: str, command: Sequence[str], started: float, environ: Mapping[str, str]) -> NoReturn:
     """Replace this process by the command, with the environment's programs first on PATH."""
     venv = VENVS / name
-    own = {key: value for key, value in environ.items() if key != "PYTHONHOME"}
+    # Ray starts a process for everything: without bytecode on disk each of them would compile torch and verl anew.
+    own = {key: value for key, value in environ.items() if key not in ("PYTHONHOME", "PYTHONDONTWRITEBYTECODE")}
     own["VIRTUAL_ENV"] = str(venv)
     own["PATH"] = f"{venv / 'bin'}{os.pathsep}{environ.get('PATH', os.defpath)}"
     own["GYMLINK_SETUP_STARTED"] = repr(started)

@@ -176,8 +176,9 @@ class TestTorchChoice:
 class TestMaking:
     def test_makes_once_and_again_when_something_changed(self, checkout: Checkout) -> None:
         show = "import six, os, sys; print(sys.prefix); print(os.environ['GYMLINK_SETUP_STARTED'])"
+        show += "; assert not sys.dont_write_bytecode"
         before = time.time()
-        first = checkout.bootstrap("trl", "--", "python", "-c", show)
+        first = checkout.bootstrap("trl", "--", "python", "-c", show, PYTHONDONTWRITEBYTECODE="1")
         assert first.returncode == 0, first.stderr
         prefix, started = first.stdout.split()
         assert prefix == str(checkout.root / ".venvs" / "trl")
