@@ -58,12 +58,17 @@ class Figures:
 
     def check_conservation(self) -> None:
         """Raises `RolloutError` when a sampled token is neither trained nor counted under a reason."""
-        dropped = sum(self.dropped.values())
-        if self.tokens_trained + dropped != self.tokens_sampled:
-            raise RolloutError(
-                f"{self.tokens_sampled} tokens were sampled, but {self.tokens_trained} are trained and {dropped} "
-                f"counted as dropped ({dict(self.dropped)}). Please report this: it is a defect of gymlink."
-            )
+        check_conservation(self.tokens_sampled, self.tokens_trained, self.dropped)
+
+
+def check_conservation(sampled: int, trained: int, dropped: Mapping[str, int]) -> None:
+    """Raises `RolloutError` when `sampled` tokens are not what is trained and what is dropped, by reason, together."""
+    counted = sum(dropped.values())
+    if trained + counted != sampled:
+        raise RolloutError(
+            f"{sampled} tokens were sampled, but {trained} are trained and {counted} counted as dropped "
+            f"({dict(dropped)}). Please report this: it is a defect of gymlink."
+        )
 
 
 def describe_failures(rollouts: Sequence[Figures]) -> str | None:

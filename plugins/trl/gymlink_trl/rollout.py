@@ -19,10 +19,9 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from gymlink.config import Settings, load_settings
-from gymlink.errors import RolloutError
 from gymlink.gym import check_rows
 from gymlink.report import Reporter
-from gymlink.rollout import Figures, describe_failures
+from gymlink.rollout import Figures, check_conservation, describe_failures
 from gymlink.session import Session
 from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling
 from gymlink_trl.dataset import load_rows, row_files, row_reference
@@ -188,7 +187,7 @@ class GymRollout:
         for rollout, (row, cut) in zip(batch.rollouts, rows, strict=True):
             for count in (counts, totals):
                 count.add(rollout, row, cut)
-        _check_conservation(counts)
+        check_conservation(counts.tokens_sampled, counts.tokens_trained, counts.dropped)
         kept = [row for row, _ in rows]
         metrics = {**batch.metrics, **_token_metrics(counts), **self._logprob_metrics(running, kept, sampling)}
         return _columns(batch.rollouts, kept, metrics)
@@ -326,15 +325,6 @@ def _token_metrics(counts: Totals) -> dict[str, float]:
         f"tokens_dropped/{OVER_LENGTH}": counts.dropped[OVER_LENGTH],
     }
     return {f"rollout/{name}": float(value) for name, value in figures.items()}
-
-
-def _check_conservation(counts: Totals) -> None:
-    if counts.tokens_trained + counts.tokens_dropped != counts.tokens_sampled:
-        raise RolloutError(
-            f"{counts.tokens_sampled} tokens were sampled, but {counts.tokens_trained} are trained and "
-            f"{counts.tokens_dropped} counted as dropped ({dict(counts.dropped)}). Please report this: it is a defect "
-            "of gymlink."
-        )
 
 
 @dataclass(slots=True)

@@ -7,7 +7,8 @@ replacements without end), and it hands the figures of the rollouts to the train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transfer_queue import KVBatchMeta
@@ -61,14 +62,10 @@ class _Judging(ReplayBuffer):
         Raises:
             GymlinkError: Gym did not start or has died, too many rollouts failed, or nothing of the batch was scored.
         """
-        try:
+        with self._noting():
             self._wait_for_gym()
             batch, metrics = self._sampled(global_steps, partition_id, batch_size)
-            metrics |= self._report(partition_id, empty=not batch.keys)
-        except GymlinkError as error:
-            self._job.note(error)
-            raise
-        return batch, metrics
+            return batch, metrics | self._report(partition_id, empty=not batch.keys)
 
     def _sampled(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         try:
@@ -105,7 +102,7 @@ class _Judging(ReplayBuffer):
 
         A failure is often faster than a success, so what is under way counts as not failed.
         """
-        try:
+        with self._noting():
             self._wait_for_gym()
             self._told["train"] += self._job.take("train")
             told = [*self._unjudged, *self._told["train"]]
@@ -115,10 +112,16 @@ class _Judging(ReplayBuffer):
                 refuse_if_too_many_failed(told, self._allowed, under_way=under_way)
             if len(told) >= self._enough + under_way and not any(rollout.tokens_trained for rollout in told):
                 raise RolloutError(f"Nothing can be trained. {describe_failures(told) or 'None failed.'}")
+        return self._refill(prompts)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """What ends the run is left in writing for whoever started it."""
+        try:
+            yield
         except GymlinkError as error:
             self._job.note(error)
             raise
-        return self._refill(prompts)
 
     def _wait_for_gym(self) -> None:
         if not self._started:
