@@ -20,7 +20,8 @@ def prepare() -> None:
     if os.environ.get("WG_BACKEND") != "ray":
         return
     if not dist.is_initialized():
-        dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", os.environ["DIST_INIT_METHOD"], rank=rank, world_size=size)
     _register_engines()
 
 
