@@ -18,13 +18,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gymlink.errors import ConfigError, PluginError
+from gymlink.launch import SAYS, GrowingFile
 from gymlink.plugins import find_framework, resolve
 from gymlink.report import Reporter
 
 ENDS = 5
 """`reward_first` and `reward_last` are means over this many steps."""
+IN_NO_SUMMARY = ("rewards", "least_rise", "least_reward")
+"""Of a result's fields: the curve is in `metrics.jsonl`, and what must hold is not measured."""
 
-MAX_ERROR = 1e-4
+MAX_ERRORS = {"max_logprob_error": 1e-4, "max_prob_error": 1e-4, "mean_logprob_error": 1e-3}
+"""The limit of each figure that tells how far sampled and recomputed probabilities are apart."""
 SETUP_STARTED = "GYMLINK_SETUP_STARTED"
 """Environment variable: the unix time at which set-up began, when something before this program did a part of it."""
 
@@ -76,7 +80,10 @@ class DemoResult:
     """What a plugin's demo measured. `rewards` has the mean reward of each step; times are in seconds.
 
     `max_logprob_error` and `max_prob_error` are the largest differences between a token's log probability, or its
-    probability, as sampled and as the trainer recomputes it; None where a trainer does not tell it.
+    probability, as sampled and as the trainer recomputes it; `mean_logprob_error` is the largest mean of a step's
+    (signed) differences of log probabilities. Each is None where a trainer does not tell it; one must be there.
+
+    The demo has succeeded only if the reward rises, to `least_rise` times what it was and to `least_reward` at least.
     """
 
     framework: str
@@ -94,16 +101,61 @@ class DemoResult:
     max_logprob_error: float | None
     max_prob_error: float | None
     seconds_train: float
+    mean_logprob_error: float | None = None
+    least_rise: float = 1.0
+    least_reward: float = 0.0
+
+    @property
+    def reward_first(self) -> float:
+        return fmean(self.rewards[:ENDS])
+
+    @property
+    def reward_last(self) -> float:
+        return fmean(self.rewards[-ENDS:])
 
     def summary(self, seconds_setup: float) -> dict[str, object]:
         """The content of `summary.json`."""
-        figures = asdict(self)
-        rewards = figures.pop("rewards")
+        figures = {name: value for name, value in asdict(self).items() if name not in IN_NO_SUMMARY}
         return figures | {
-            "reward_first": fmean(rewards[:ENDS]),
-            "reward_last": fmean(rewards[-ENDS:]),
+            "reward_first": self.reward_first,
+            "reward_last": self.reward_last,
             "seconds_setup": round(seconds_setup, 2),
         }
+
+
+class Watch:
+    """Follows a trainer's program through its log: what gymlink says there is reported, each step is passed on."""
+
+    def __init__(self, request: DemoRequest, log: Path, steps: int) -> None:
+        self.rewards: list[float] = []
+        self._request = request
+        self._log = GrowingFile(log)
+        self._steps = steps
+        self._started: float | None = None
+        self._ended = 0.0
+
+    def new_lines(self) -> list[str]:
+        """The lines that the log has gained, after a report of gymlink's own among them."""
+        lines = self._log.new_lines()
+        for line in lines:
+            _, says, text = line.partition(SAYS)
+            if says:
+                self._request.report(text)
+        return lines
+
+    def step(self, number: int, reward: float, seconds: float, figures: Mapping[str, float]) -> None:
+        """A step has ended that took so long. `figures` are the trainer's."""
+        if self._started is None:
+            self._started = time.perf_counter() - seconds
+            self._request.on_start(self._steps)
+        self._ended = time.perf_counter()
+        self.rewards.append(reward)
+        self._request.on_step({"step": float(number), "reward": reward, **figures})
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning of the first step to the end of the last; 0 before one has ended."""
+        return 0.0 if self._started is None else self._ended - self._started
 
 
 def environments_root() -> Path:
@@ -152,24 +204,26 @@ def run_demo(
     show_curve(result.rewards, console)
     console.print_json(json.dumps(summary))
     console.print(f"Written to {output}/: summary.json, rollouts.jsonl, metrics.jsonl, reward.png")
-    return list(_problems(summary))
+    return list(_problems(result))
 
 
-def _problems(summary: Mapping[str, object]) -> Sequence[str]:
-    figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    accounted = figures["tokens_trained"] + figures["tokens_dropped"]
-    errors = [figures[name] for name in ("max_logprob_error", "max_prob_error") if name in figures]
-    error = next((one for one in errors if not one <= MAX_ERROR), 0.0 if errors else math.nan)
+def _problems(result: DemoResult) -> Sequence[str]:
+    accounted = result.tokens_trained + result.tokens_dropped
+    errors = {name: error for name in MAX_ERRORS if (error := getattr(result, name)) is not None}
+    wrong = {name: error for name, error in errors.items() if not error <= MAX_ERRORS[name]}  # also what is no number
+    name, error = next(iter(wrong.items() or errors.items()), ("max_logprob_error", math.nan))
+    first, last = result.reward_first, result.reward_last
+    rises = last > first and last >= result.least_rise * first and last >= result.least_reward
     checks = {
-        f"{figures['failed']} rollouts failed": figures["failed"] == 0,
-        f"{figures['prefix_breaks']} prompts did not extend what was sampled": figures["prefix_breaks"] == 0,
-        f"sampled and recomputed probabilities differ by {error:.2g}, more than {MAX_ERROR:g}": error <= MAX_ERROR,
-        f"{figures['tokens_sampled']} tokens were sampled and {accounted} are accounted for": (
-            accounted == figures["tokens_sampled"]
+        f"{result.failed} rollouts failed": result.failed == 0,
+        f"{result.prefix_breaks} prompts did not extend what was sampled": result.prefix_breaks == 0,
+        f"sampled and recomputed probabilities differ by {error:.2g}, more than {MAX_ERRORS[name]:g}": (
+            error <= MAX_ERRORS[name]
         ),
-        f"the reward did not rise: {figures['reward_first']:.3f} to {figures['reward_last']:.3f}": (
-            figures["reward_last"] > figures["reward_first"]
+        f"{result.tokens_sampled} tokens were sampled and {accounted} are accounted for": (
+            accounted == result.tokens_sampled
         ),
+        f"the reward did not rise as it must: {first:.3f} to {last:.3f}": rises,
     }
     return [problem for problem, fine in checks.items() if not fine]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from gymlink.demo import DemoRequest
+    from gymlink.demo import DemoRequest, DemoResult
 
 hookspec = pluggy.HookspecMarker("gymlink")
 hookimpl = pluggy.HookimplMarker("gymlink")
@@ -25,8 +25,8 @@ class Framework:
     """One trainer, described without importing it.
 
     `distribution` and `versions` say what must be installed ("trl", ">=1.16,<2"); `extra` is the name in
-    `pip install "gymlink[extra]"`. `train` and `demo` are dotted paths ("package.module:function"), imported
-    only when used.
+    `pip install "gymlink[extra]"`. `train`, `demo`, `path` and `prompts` are dotted paths ("package.module:function"),
+    imported only when used.
     """
 
     name: str
@@ -37,7 +37,15 @@ class Framework:
     train: str
     """`f(config: Path, arguments: Sequence[str]) -> None`: run the trainer's own loop from one run file."""
     demo: str | None = None
-    """`f(request: gymlink.demo.DemoRequest) -> None`: train the demo environment."""
+    """`f(request: gymlink.demo.DemoRequest) -> gymlink.demo.DemoResult`: train the demo environment."""
+    path: str | None = None
+    """`f(gym: Path, run_dir: Path) -> Path`: write the file that the trainer's own command line names to be given
+    rollouts from Gym. For a trainer that finds its extensions by such a file."""
+    prompts: str | None = None
+    """`f(rows: Path, output: Path, evaluation: bool) -> Path`: write Gym rows as a file of prompts. For a trainer that
+    takes no Gym rows as they are."""
+    switch: str | None = None
+    """How rollouts from Gym are switched on in the trainer's own way, in a few words, where no file is needed."""
 
 
 @hookspec
@@ -47,4 +55,6 @@ def gymlink_frameworks() -> Sequence[Framework]:
 
 
 TrainFunction = Callable[[Path, Sequence[str]], None]
-DemoFunction = Callable[["DemoRequest"], None]
+DemoFunction = Callable[["DemoRequest"], "DemoResult"]
+PathFunction = Callable[[Path, Path], Path]
+PromptsFunction = Callable[[Path, Path, bool], Path]

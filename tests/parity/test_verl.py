@@ -50,7 +50,7 @@ from gymlink.rollout import Figures, Recorder
 from gymlink.types import Rollout, RolloutRequest, Sampling
 from gymlink_tiny import make_model
 from gymlink_verl.dataset import GymDataset
-from gymlink_verl.job import Job, JobActor
+from gymlink_ray.job import Job, JobActor
 from gymlink_verl.loop import Station
 from gymlink_verl.options import read_options
 from gymlink_verl.train import compose
@@ -152,7 +152,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
                 return made.station
 
             patch.setattr(Station, "of", of)
-            patch.setattr(Job, "of", lambda _: made.station.job)
+            patch.setattr(Job, "of", lambda *_: made.station.job)
             return made
 
         yield make
@@ -345,7 +345,7 @@ def legacy(process: Callable[..., Process]) -> Legacy:
 @pytest.mark.parametrize("group", LEGACY_GROUPS)
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_what_the_legacy_trainer_trains_is_what_is_expected(legacy: Legacy, group: str, quantity: str) -> None:
-    """With one failure, the others' advantages are larger by the factor that `gymlink_verl.legacy` tells."""
+    """With one failure, the others' advantages are larger by the factor that `gymlink.rollout.neutral` tells."""
     expected = expected_of(group, legacy.process.end)
     failed = sum(one.reward is None for one in GROUPS[group])
     factor = math.sqrt((SIBLINGS - 1) / (SIBLINGS - 2)) if failed == 1 else 1.0

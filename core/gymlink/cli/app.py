@@ -21,6 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Trainer = Annotated[str, typer.Argument(help="The trainer, such as trl, verl or openrlhf.")]
+RUNS = Path("runs")
+"""Where results go that no option names a folder for."""
+
 FOUND_WRONG = 1
 USED_WRONGLY = 2
 INTERRUPTED = 130
@@ -45,7 +49,7 @@ def _options(
 def demo(
     context: typer.Context,
     framework: Annotated[str, typer.Option(help="The trainer to demonstrate.")] = "trl",
-    output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(help="Where the results go.")] = RUNS / "demo",
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; by default enough to learn.")] = None,
 ) -> None:
     """Train a tiny model in a real NeMo Gym environment, without a GPU and without downloads of models.
@@ -67,13 +71,53 @@ def demo(
 )
 def train(
     context: typer.Context,
-    framework: Annotated[str, typer.Argument(help="The trainer, such as trl or verl.")],
+    framework: Trainer,
     config: Annotated[Path, typer.Option(help="The run file: the trainer's own settings and `gym_config`.")],
 ) -> None:
     """Run the trainer's own training loop with rollouts from NeMo Gym. Further options go to the trainer."""
     from gymlink.plugins import find_framework, resolve
 
     resolve(find_framework(framework).train)(config, context.args)
+
+
+@app.command()
+def path(
+    framework: Trainer,
+    gym: Annotated[Path, typer.Option(help="The settings file with the environments.")] = Path("gym.yaml"),
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the file, the rollouts and the logs go; runs/FRAMEWORK when not given.")
+    ] = None,
+) -> None:
+    """Write the file that a trainer's own launch command names to get its rollouts from NeMo Gym; print its path."""
+    from gymlink.plugins import find_framework, resolve
+
+    found = find_framework(framework)
+    if found.path is None:
+        switch = f" Switch it on with {found.switch}." if found.switch else ""
+        raise PluginError(f"{framework} needs no file of gymlink's.{switch}")
+    if not gym.exists():
+        raise ConfigError(f"There is no settings file {str(gym)!r}: name it with --gym.")
+    typer.echo(resolve(found.path)(gym, run_dir or RUNS / framework))
+
+
+@app.command()
+def prompts(
+    framework: Trainer,
+    rows: Annotated[Path, typer.Argument(help="Gym rows (JSONL).")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The file to write; ROWS.FRAMEWORK.jsonl when not given, or ROWS.FRAMEWORK-eval.jsonl."),
+    ] = None,
+    evaluation: Annotated[bool, typer.Option("--eval", help="The rows are for evaluation.")] = False,
+) -> None:
+    """Write Gym rows as the file of prompts that a trainer reads; print its path."""
+    from gymlink.plugins import find_framework, resolve
+
+    found = find_framework(framework)
+    if found.prompts is None:
+        raise PluginError(f"{framework} takes Gym rows as they are: give it {str(rows)!r} itself.")
+    output = output or rows.with_suffix(f".{framework}{'-eval' if evaluation else ''}.jsonl")
+    typer.echo(resolve(found.prompts)(rows, output, evaluation))
 
 
 def main() -> None:

@@ -3,15 +3,22 @@
 from gymlink.rollout.collect import Collector, OnRollout
 from gymlink.rollout.figures import Figures, check_conservation, describe_failures, refuse_if_too_many_failed
 from gymlink.rollout.metrics import batch_metrics
+from gymlink.rollout.neutral import NeutralRewards, neutral_rewards
 from gymlink.rollout.recorder import Recorder
+from gymlink.rollout.siblings import ALONE, Group, Siblings
 
 __all__ = [
+    "ALONE",
     "Collector",
     "Figures",
+    "Group",
+    "NeutralRewards",
     "OnRollout",
     "Recorder",
+    "Siblings",
     "batch_metrics",
     "check_conservation",
     "describe_failures",
+    "neutral_rewards",
     "refuse_if_too_many_failed",
 ]

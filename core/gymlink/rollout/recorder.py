@@ -11,9 +11,11 @@ from typing import Any, Literal
 import orjson
 
 from gymlink.gateway.wire import ID_FIELDS
+from gymlink.rollout.figures import Figures
 from gymlink.types import Rollout
 
 Detail = Literal["full", "text", "off"]
+Split = Literal["train", "val"]
 
 
 class Recorder:
@@ -29,15 +31,16 @@ class Recorder:
         """Tells the lines of one run from those of another in the same file."""
         self._detail = detail
 
-    def write(self, rollout: Rollout, *, batch: int) -> None:
+    def write(self, rollout: Rollout, *, batch: int, split: Split = "train") -> None:
         """`batch` is the number of the collection that the rollout belongs to, from 0."""
-        self.append(self.line(rollout, batch=batch))
+        self.append(self.line(rollout, batch=batch, split=split))
 
-    def line(self, rollout: Rollout, *, batch: int) -> bytes:
-        """What `write` appends; empty for the detail "off"."""
+    def line(self, rollout: Rollout, *, batch: int, split: Split = "train", figures: Figures | None = None) -> bytes:
+        """What `write` appends; empty for the detail "off". `figures` are the rollout's, where more is known now."""
         if self._detail == "off":
             return b""
-        return orjson.dumps(self._line(rollout, batch), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+        line = self._line(rollout, batch, split, figures or Figures.of(rollout))
+        return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
 
     def append(self, line: bytes) -> None:
         """Append a line that this or another process made."""
@@ -45,10 +48,11 @@ class Recorder:
             with self.path.open("ab") as file:
                 file.write(line)
 
-    def _line(self, rollout: Rollout, batch: int) -> dict[str, Any]:
+    def _line(self, rollout: Rollout, batch: int, split: Split, figures: Figures) -> dict[str, Any]:
         agent = rollout.request.row.get("agent_ref", {}).get("name")
         line: dict[str, Any] = {
             "run": self.run,
+            "split": split,
             "batch": batch,
             "index": rollout.request.index,
             "group": rollout.request.group,
@@ -62,8 +66,8 @@ class Recorder:
             "turns": len(rollout.turns),
             "prefix_breaks": {cause.value: count for cause, count in rollout.prefix_breaks.items()},
             "tokens_sampled": rollout.sampled_tokens,
-            "tokens_trained": rollout.trained_tokens,
-            "tokens_dropped": rollout.dropped,
+            "tokens_trained": figures.tokens_trained,
+            "tokens_dropped": figures.dropped,
             "seconds": round(rollout.seconds, 4),
             "seconds_in_model": round(rollout.seconds_in_model, 4),
             "weight_versions": sorted({turn.weight_version for turn in rollout.turns}),

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from gymlink.gym import read_rows, readable_messages
-from gymlink_verl.job import Job
+from gymlink_verl.job import job_of
 
 Split = Literal["train", "val"]
 
@@ -48,7 +48,7 @@ class GymDataset(Dataset[dict[str, Any]]):
         self._rows = [orjson.dumps(row) for row in rows]
         if config is not None and ray.is_initialized():
             # Gym starts while the trainer loads the model.
-            Job.of(config["gymlink"]).expect({_agent_of(row) for row in rows})
+            job_of(config["gymlink"]).expect({_agent_of(row) for row in rows})
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -7,7 +7,6 @@ train on instead (in a checkout, `make demo FRAMEWORK=verl` gives the CPU stand-
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import yaml
 
-from gymlink.demo import TASK, DemoRequest, DemoResult
+from gymlink.demo import TASK, DemoRequest, DemoResult, Watch
 from gymlink.errors import PluginError, RolloutError
-from gymlink_verl.job import GYM_FILE, SAYS
+from gymlink.launch import GrowingFile
+from gymlink_ray.job import GYM_FILE
 from gymlink_verl.launch import run_verl
 from gymlink_verl.train import overrides_of
 
@@ -113,35 +113,21 @@ class _Watch:
     def __init__(self, request: DemoRequest, metrics: Path, steps: int) -> None:
         self.metrics = metrics
         self._request = request
-        self._steps = steps
-        self._lines = _Lines(metrics)
-        self._said = _Lines(request.output / LOG)
+        self._watch = Watch(request, request.output / LOG, steps)
+        self._logged = GrowingFile(metrics)
         self._seen: list[Mapping[str, float]] = []
-        self._rewards: list[float] = []
-        self._started: float | None = None
-        self._ended = 0.0
         request.report("starting verl")
 
     def look(self) -> None:
-        for line in self._said.new():
-            _, says, text = line.partition(SAYS)
-            if says:
-                self._request.report(text)
-        for line in self._lines.new():
+        self._watch.new_lines()
+        for line in self._logged.new_lines():
             logged = json.loads(line)
-            self._step(int(logged["step"]), {key: float(value) for key, value in logged["data"].items()})
-
-    def _step(self, step: int, figures: Mapping[str, float]) -> None:
-        if self._started is None:
-            self._started = time.perf_counter() - figures["timing_s/step"]
-            self._request.on_start(self._steps)
-        self._ended = time.perf_counter()
-        self._seen.append(figures)
-        self._rewards.append(figures["critic/score/mean"])
-        self._request.on_step({"step": float(step), "reward": self._rewards[-1], **figures})
+            figures = {key: float(value) for key, value in logged["data"].items()}
+            self._seen.append(figures)
+            self._watch.step(int(logged["step"]), figures["critic/score/mean"], figures["timing_s/step"], figures)
 
     def result(self, steps: int) -> DemoResult:
-        if self._started is None:
+        if not self._seen:
             raise RolloutError(f"verl ended without a step; {self._request.output / LOG} has what it said.")
         return DemoResult(
             framework="verl",
@@ -151,33 +137,15 @@ class _Watch:
             steps=steps,
             rollouts=self._sum("count"),
             failed=self._sum("failed"),
-            rewards=self._rewards,
+            rewards=self._watch.rewards,
             prefix_breaks=self._sum("prefix_breaks"),
             tokens_sampled=self._sum("tokens_sampled"),
             tokens_trained=self._sum("tokens_trained"),
             tokens_dropped=self._sum("tokens_dropped"),
             max_logprob_error=None,
             max_prob_error=max(figures["training/rollout_probs_diff_max"] for figures in self._seen),
-            seconds_train=round(self._ended - self._started, 2),
+            seconds_train=round(self._watch.seconds, 2),
         )
 
     def _sum(self, name: str) -> int:
         return int(sum(figures[f"rollout/{name}"] for figures in self._seen))
-
-
-class _Lines:
-    """The whole lines of a file that grows."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def new(self) -> list[str]:
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        end = text.rfind(b"\n") + 1
-        self._offset += end
-        return text[:end].decode(errors="replace").splitlines()

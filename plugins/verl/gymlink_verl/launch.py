@@ -1,27 +1,13 @@
-"""The unmodified `python -m verl.trainer.main_ppo`, as a program of its own that leaves nothing behind.
-
-It runs under guard: with it end the Ray that it started and all that runs in it, also when this process is killed. Why
-a run was stopped is left in a file by the part that stopped it (`gymlink_verl.job`), and raised here as what it was.
-"""
+"""The unmodified `python -m verl.trainer.main_ppo`, as a guarded program."""
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from gymlink import errors
-from gymlink.errors import GymlinkError, RolloutError
-from gymlink.gym.guard import GuardedProcess
-from gymlink.gym.install import last_lines
-
-ERROR_FILE = "error.txt"
-"""In the run's folder: why the run was stopped, for whoever started it."""
-POLL_S = 0.2
-LAST_LINES = 8
+from gymlink.launch import run_trainer
 
 
 def run_verl(
@@ -33,70 +19,6 @@ def run_verl(
     env: Mapping[str, str] | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """Train with these Hydra overrides, and wait for the end.
-
-    Args:
-        overrides: for verl's `ppo_trainer` configuration.
-        run_dir: what the overrides have as `gymlink.run_dir`.
-        output: takes what verl says.
-        log: where that can be read afterwards, when it is a file.
-        env: added to this process's environment.
-        meanwhile: called a few times a second while verl runs.
-
-    Raises:
-        GymlinkError: verl ended with an error; the one that gymlink's part of it raised, where it was that.
-    """
-    (run_dir / ERROR_FILE).unlink(missing_ok=True)
-    process = GuardedProcess(
-        [sys.executable, "-m", "verl.trainer.main_ppo", *overrides],
-        env={**os.environ, **(env or {})},
-        cwd=Path.cwd(),
-        output=output,
-    )
-    try:
-        while (status := process.returncode) is None:
-            if meanwhile is not None:
-                meanwhile()
-            time.sleep(POLL_S)
-    finally:
-        process.stop()
-    if meanwhile is not None:
-        meanwhile()
-    if status:
-        raise noted_error(run_dir) or RolloutError(f"verl ended with exit status {status}{_said(log)}")
-
-
-def _said(log: Path | None) -> str:
-    if log is None:
-        return "; what it said before tells why."
-    return f". {log} ends with:\n" + last_lines(log, LAST_LINES)
-
-
-def note_error(run_dir: Path, error: Exception) -> None:
-    """Leave word of why the run is being stopped. The first word stays: what follows from it is noise."""
-    path = run_dir / ERROR_FILE
-    if not path.exists():
-        path.write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
-
-
-def noted_error(run_dir: Path) -> GymlinkError | None:
-    """What `note_error` left, as the error it was; as its parent where it holds more than its message."""
-    try:
-        text = (run_dir / ERROR_FILE).read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    name, _, message = text.partition(": ")
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, GymlinkError):
-        plain: type[GymlinkError] = next(one for one in kind.__mro__ if "__init__" not in vars(one))
-        return plain(message)
-    return RolloutError(text)
-
-
-def standard_output() -> IO[bytes]:
-    """This process's own, for what verl says; its file descriptor is handed to verl."""
-    try:
-        sys.stdout.fileno()
-    except (OSError, ValueError):  # captured, by a test for one
-        return open(os.devnull, "wb")  # noqa: PTH123
-    return sys.stdout.buffer
+    """Train with these Hydra overrides, of which `gymlink.run_dir` is `run_dir`; the rest is `run_trainer`'s."""
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
+    run_trainer(command, name="verl", run_dir=run_dir, output=output, log=log, env=env, meanwhile=meanwhile)

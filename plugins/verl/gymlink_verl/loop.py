@@ -18,14 +18,14 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutp
 from gymlink.errors import ConfigError, RolloutError
 from gymlink.gym import parse_row
 from gymlink.host import HostedGym
-from gymlink.rollout import Figures, Recorder, describe_failures
+from gymlink.rollout import ALONE, Figures, Group, Recorder, Siblings, describe_failures
 from gymlink.types import Rollout, RolloutRequest, Sampling
 from gymlink.worker import RolloutWorker
+from gymlink_ray.job import Job, plain, worker_gateway_of
 from gymlink_verl.convert import masked_output, outputs_of
 from gymlink_verl.engine import ServerEngine
-from gymlink_verl.job import Job, plain, worker_gateway_of
+from gymlink_verl.job import job_of
 from gymlink_verl.options import Options, read_options, sampling_of
-from gymlink_verl.siblings import ALONE, Group, Siblings
 
 COMPARABLE = 2
 """Rollouts that a group-relative estimator needs of a group."""
@@ -47,7 +47,7 @@ class GymAgentLoop(AgentLoopBase):
             RolloutError: a whole group cannot be used; with the legacy trainer, too many rollouts failed.
             GymlinkError: Gym did not start, or a setting cannot work.
         """
-        job = Job.of(self.config.get("gymlink"))
+        job = job_of(self.config.get("gymlink"))
         try:
             _check_fields(fields)
             if not self.config.trainer.use_v1:
@@ -150,7 +150,7 @@ class Station:
     @classmethod
     async def _set_up(cls, loop: AgentLoopBase) -> Station:
         options = read_options(loop.config, loop.tokenizer.eos_token_id)
-        job = Job.of(loop.config.get("gymlink"))
+        job = job_of(loop.config.get("gymlink"))
         settings = options.apply(await job.actor.settings.remote())
         gym: HostedGym = await job.actor.hosted.remote()
         worker = RolloutWorker(
@@ -173,8 +173,9 @@ class Station:
 
     async def tell(self, fields: dict[str, Any], rollout: Rollout, figures: Figures) -> None:
         """Tell the job what became of a rollout, and what of it is trained."""
-        line = self._recorder.line(rollout, batch=int(fields.get("global_steps", 0)))
-        await self.job.actor.ended.remote(str(fields["gym_split"]), figures, line)
+        split = fields["gym_split"]
+        line = self._recorder.line(rollout, batch=int(fields.get("global_steps", 0)), split=split, figures=figures)
+        await self.job.actor.ended.remote(split, figures, line)
 
 
 SIBLINGS = Siblings()

@@ -18,5 +18,6 @@ def gymlink_frameworks() -> Sequence[Framework]:
             summary="verl's main_ppo, sampling from the rollout servers that verl runs (vLLM, SGLang and others)",
             train="gymlink_verl.train:train",
             demo="gymlink_verl.demo:run",
+            switch="+gymlink=gym on your launch command",
         )
     ]

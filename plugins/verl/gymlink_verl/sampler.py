@@ -15,10 +15,9 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from gymlink.errors import ConfigError, GymlinkError, RolloutError
-from gymlink.rollout import Figures, batch_metrics, describe_failures, refuse_if_too_many_failed
+from gymlink.rollout import ALONE, Figures, batch_metrics, describe_failures, refuse_if_too_many_failed
 from gymlink_verl.convert import OVER_LENGTH
-from gymlink_verl.job import Job
-from gymlink_verl.siblings import ALONE
+from gymlink_verl.job import job_of
 
 POLL_INTERVAL_S = 0.5
 """How often finished groups are looked for; verl's own default is 2 s, a third of a short step."""
@@ -40,7 +39,7 @@ class _Judging(ReplayBuffer):
     """What both replay buffers add to verl's. Stands before the class that samples."""
 
     def __init__(self, *, sampler_kwargs: Mapping[str, Any], refill_fn: Callable[[int], Any], **given: Any) -> None:
-        self._job = Job.of(sampler_kwargs["gymlink"])
+        self._job = job_of(sampler_kwargs["gymlink"])
         self._allowed = self._job.settings().rollout.max_failed_fraction
         self._told: dict[str, list[Figures]] = {split: [] for split in SPLITS}
         self._unjudged: list[Figures] = []

@@ -21,8 +21,9 @@ from gymlink.config import load_settings
 from gymlink.errors import ConfigError, PluginError
 from gymlink.gym import check_rows
 from gymlink.hydra import hydra_override
+from gymlink.launch import standard_output
 from gymlink.report import Reporter
-from gymlink_verl.launch import run_verl, standard_output
+from gymlink_verl.launch import run_verl
 
 OWN = ("gym_config", "train_file", "eval_file", "model_name_or_path", "output_dir", "max_turn_tokens")
 """Keys of a run file that are gymlink's own; all others are verl's."""

@@ -82,7 +82,8 @@ def test_the_summary_has_the_means_of_the_ends() -> None:
     assert summary["reward_first"] == pytest.approx(0.1)
     assert summary["reward_last"] == pytest.approx(0.9)
     assert summary["seconds_setup"] == 3.0
-    assert "rewards" not in summary
+    assert summary["mean_logprob_error"] is None
+    assert not {"rewards", "least_rise", "least_reward"} & set(summary)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +97,18 @@ def test_the_summary_has_the_means_of_the_ends() -> None:
         ({"max_logprob_error": float("nan")}, "probabilities differ by nan"),
         ({"max_prob_error": float("nan")}, "probabilities differ by nan"),
         ({"max_logprob_error": None}, "probabilities differ by nan"),
+        ({"max_logprob_error": None, "mean_logprob_error": 1e-3}, None),
+        ({"mean_logprob_error": 2e-3}, "probabilities differ by 0.002, more than 0.001"),
+        ({"mean_logprob_error": float("nan")}, "probabilities differ by nan"),
         ({"tokens_trained": 7}, "10 tokens were sampled and 9 are accounted for"),
         ({"rewards": [0.5] * 10}, "the reward did not rise"),
+        ({"rewards": [0.3] * 5 + [0.9] * 5, "least_rise": 2.5}, None),
+        ({"rewards": [0.3] * 5 + [0.7] * 5, "least_rise": 2.5}, "the reward did not rise as it must: 0.300 to 0.700"),
+        ({"rewards": [0.1] * 5 + [0.5] * 5, "least_reward": 0.6}, "the reward did not rise"),
     ],
 )
 def test_what_must_hold_is_checked(changes: dict[str, object], said: str | None) -> None:
-    problems = demo._problems(result(**changes).summary(1.0))
+    problems = demo._problems(result(**changes))
     assert [said in problem for problem in problems] == ([True] if said else [])
 
 

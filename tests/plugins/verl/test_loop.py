@@ -25,8 +25,9 @@ from gymlink.host import GymHost, HostedGym
 from gymlink.rollout import Figures, Recorder
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling, Turn
 from gymlink_verl import loop
-from gymlink_verl.job import Job, JobActor
-from gymlink_verl.loop import ALONE, GymAgentLoop, Station
+from gymlink_ray.job import Job, JobActor
+from gymlink.rollout import ALONE
+from gymlink_verl.loop import GymAgentLoop, Station
 from gymlink_verl.options import read_options
 
 PARAMS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
@@ -172,7 +173,7 @@ def bench(
             return made.station
 
         monkeypatch.setattr(Station, "of", of)
-        monkeypatch.setattr(Job, "of", lambda _: made.station.job)
+        monkeypatch.setattr(Job, "of", lambda *_: made.station.job)
         return made
 
     yield make

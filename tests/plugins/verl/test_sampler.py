@@ -19,7 +19,7 @@ from gymlink.errors import ConfigError, GymError, GymlinkError, GymStartError, R
 from gymlink.rollout import Figures
 from gymlink.types import RolloutStatus
 from gymlink_verl import sampler
-from gymlink_verl.job import Job
+from gymlink_ray.job import Job
 from gymlink_verl.sampler import GymReplayBuffer, GymReplayBufferAsync, gym_sampler
 
 # verl 0.9.1 loads a custom sampler by what it has itself marked as deprecated.
@@ -30,6 +30,7 @@ FAILED = Figures(
     RolloutStatus.FAILED, failure="http", detail="the door is stuck", tokens_sampled=2, dropped={"failed": 2}
 )
 BATCH = 4
+GYMLINK = {"gym_config": "gym.yaml", "run_dir": "gym"}
 
 
 class Store:
@@ -95,7 +96,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> JobDouble:
     made = JobDouble()
-    monkeypatch.setattr(Job, "of", lambda _: made)
+    monkeypatch.setattr(Job, "of", lambda *_: made)
     return made
 
 
@@ -357,7 +358,7 @@ def test_it_is_made_by_keyword_as_verl_makes_it(job: JobDouble) -> None:
         trainer_config={},
         max_off_policy_threshold=None,
         max_off_policy_strategy="drop",
-        sampler_kwargs={"gymlink": {}, "train_batch_size": 2, "rollout_n": 4},
+        sampler_kwargs={"gymlink": GYMLINK, "train_batch_size": 2, "rollout_n": 4},
         refill_fn=None,
     )
     assert (made.train_batch_size, made.gen_batch_size, made.filter_groups_metric) == (2, 2, None)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import ray
 
-from gymlink_verl.job import Job
+from gymlink_ray.job import Job
 
 
 def main(folder: Path) -> None:
     ray.init(address="local", num_cpus=1, include_dashboard=False)
-    gym = Job.of({"gym_config": f"{folder}/gym.yaml", "run_dir": f"{folder}/gym"}).wait()
+    gym = Job.of(f"{folder}/gym.yaml", f"{folder}/gym").wait()
     (folder / "told.tmp").write_text(json.dumps(sorted(gym.agents)))
     (folder / "told.tmp").rename(folder / "told.json")
     while not (folder / "end").exists():

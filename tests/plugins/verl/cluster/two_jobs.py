@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from gymlink.errors import ConfigError
-from gymlink_verl.job import Job
+from gymlink_ray.job import Job
 
 ASKERS = 3
 
@@ -28,7 +28,7 @@ class Asker:
 
 def answer(options: dict[str, str]) -> tuple[str, str]:
     """Which actor is the job's, and what waiting for Gym ends with."""
-    job = Job.of(options)
+    job = Job.of(**options)
     try:
         job.wait()
     except Exception as error:  # noqa: BLE001 - whatever it is, the test looks at it

@@ -114,14 +114,14 @@ def addresses() -> dict[str, str]:
 
 
 def main(folder: Path) -> None:
-    from gymlink_verl.job import Job
+    from gymlink_verl.job import job_of
     from gymlink_verl.train import compose
 
     overrides = [f"gymlink.gym_config={folder}/gym.yaml", f"gymlink.run_dir={folder}/gym"]
     config = compose(["+gymlink=gym", *overrides, "data.max_prompt_length=200", "data.max_response_length=200"])
     ray.init(address="local", num_cpus=1, include_dashboard=False)
     own = ray.get_runtime_context().get_node_id()
-    Job.of(config.gymlink)  # before the other node is there
+    job_of(config.gymlink)  # before the other node is there
     with second_node():
         [other] = set(addresses()) - {own}
         processes = [

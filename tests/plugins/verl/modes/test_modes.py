@@ -169,7 +169,7 @@ def test_advantages_are_those_of_the_scored_rollouts(trained: Trained) -> None:
 def advantage_of(reward: float, group: list[float | None], legacy: bool) -> float:
     """GRPO's, over the rollouts of a group that were scored, however many rows each has.
 
-    `gymlink_verl.legacy` says what differs there: beside a single failed rollout the spread is that of all rows.
+    `gymlink.rollout.neutral` says what differs there: beside a single failed rollout the spread is that of all rows.
     """
     scored = [one for one in group if one is not None]
     assert len(scored) > 1

@@ -1,71 +1,15 @@
-"""Rewards that move nothing, judged by verl's own estimator, and the groups that wait for them."""
+"""Rewards that move nothing: the groups that wait for them, and when a run is stopped instead."""
 
 from __future__ import annotations
 
 import asyncio
-import math
-from statistics import fmean, stdev
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
-from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 from gymlink.errors import RolloutError
-from gymlink.rollout import Figures
+from gymlink.rollout import Figures, NeutralRewards, neutral_rewards
+from gymlink.rollout.neutral import JUDGED
 from gymlink.types import RolloutStatus
-from gymlink_verl import legacy
-from gymlink_verl.legacy import NeutralRewards, neutral_rewards
-
-rewards = st.floats(-10, 10, allow_nan=False, width=32)
-groups = st.lists(rewards, min_size=2, max_size=8)
-
-
-def advantages(scored: list[float], neutral: list[float], *, normalised: bool = True) -> list[float]:
-    """One for each row, as verl's GRPO estimator gives it to the row's one response token; failed ones are masked."""
-    mask = torch.tensor([[1.0]] * len(scored) + [[0.0]] * len(neutral), dtype=torch.float64)
-    given = torch.tensor([[reward] for reward in [*scored, *neutral]], dtype=torch.float64)
-    index = np.array(["one prompt"] * len(mask), dtype=object)
-    made, _ = compute_grpo_outcome_advantage(given, mask, index, norm_adv_by_std_in_grpo=normalised)
-    return [float(row) for row in made.squeeze(-1)]
-
-
-@settings(deadline=None)
-@given(groups, st.integers(2, 6), st.booleans())
-@example([0.0, 0.0], 3, True)
-def test_with_two_or_more_failures_the_others_learn_as_without_them(
-    scored: list[float], failed: int, normalised: bool
-) -> None:
-    neutral = neutral_rewards(scored, failed)
-    assert len(neutral) == failed
-    made = advantages(scored, neutral, normalised=normalised)
-    assert made[: len(scored)] == pytest.approx(advantages(scored, [], normalised=normalised), abs=1e-5, rel=1e-6)
-    assert made[len(scored) :] == [0.0] * failed
-
-
-@settings(deadline=None)
-@given(groups)
-def test_with_one_failure_normalised_advantages_grow_by_the_known_factor(scored: list[float]) -> None:
-    assume(stdev(scored) > 1e-2)  # verl adds 1e-6 to the deviation
-    neutral = neutral_rewards(scored, 1)
-    assert neutral == [fmean(scored)]
-    assert advantages(scored, neutral, normalised=False)[:-1] == pytest.approx(
-        advantages(scored, [], normalised=False), abs=1e-9
-    )
-    size = len(scored) + 1
-    factor = math.sqrt((size - 1) / (size - 2))
-    expected = [factor * one for one in advantages(scored, [])]
-    assert advantages(scored, neutral)[:-1] == pytest.approx(expected, abs=1e-3)
-
-
-@settings(deadline=None)
-@given(rewards, st.integers(1, 6))
-def test_one_scored_rollout_alone_learns_nothing(reward: float, failed: int) -> None:
-    """Alone in its group, verl would take its bare reward for its advantage."""
-    assert advantages([reward], neutral_rewards([reward], failed)) == pytest.approx([0.0] * (failed + 1), abs=1e-5)
-
 
 SCORED = Figures(RolloutStatus.COMPLETED, reward=1.0)
 FAILED = Figures(RolloutStatus.FAILED, failure="http", detail="the door is stuck")
@@ -151,7 +95,7 @@ async def test_a_failed_validation_prompt_gets_the_mean_of_all_others() -> None:
 
 
 async def test_a_failed_validation_prompt_gets_the_mean_of_its_own_agent() -> None:
-    """verl tells the rewards of each agent: what another one scored must not be among them."""
+    """Trainers tell the rewards of each agent: what another one scored must not be among them."""
     neutral = NeutralRewards(0.5)
     for _ in range(4):
         neutral.begun("val")
@@ -164,7 +108,7 @@ async def test_a_failed_validation_prompt_gets_the_mean_of_its_own_agent() -> No
 
 
 async def test_a_failed_validation_prompt_leaves_the_mean_of_its_own_environment() -> None:
-    """verl tells validation for each agent, so the others' rewards must not come in."""
+    """Validation is told for each agent, so the others' rewards must not come in."""
     neutral = NeutralRewards(0.5)
     told = [("a", "door", None), ("b", "door", 0.25), ("c", "lift", 1.0), ("d", "stairs", None)]
     for _ in told:
@@ -197,9 +141,9 @@ async def test_training_and_validation_do_not_mix() -> None:
 
 async def test_too_many_failures_stop_training() -> None:
     neutral = NeutralRewards(0.5)
-    for _ in range(legacy.JUDGED // 2 - 2):
+    for _ in range(JUDGED // 2 - 2):
         await ended(neutral, "a", SCORED)
-    for _ in range(legacy.JUDGED // 2 + 1):
+    for _ in range(JUDGED // 2 + 1):
         await ended(neutral, "b", FAILED)
     await neutral.reward("train", "a", 1)  # one is missing until the latest are as many as are judged
     await ended(neutral, "a", SCORED)
@@ -213,7 +157,7 @@ async def ended(neutral: NeutralRewards, group: str, figures: Figures) -> None:
 
 
 async def test_a_late_sibling_finds_no_reward_left_and_gets_the_mean() -> None:
-    """More siblings than verl was to make of a prompt: none waits, none fails."""
+    """More siblings than the trainer was to make of a prompt: none waits, none fails."""
     neutral = NeutralRewards(0.5)
     for figures in (SCORED, Figures(RolloutStatus.COMPLETED, reward=0.0), FAILED, FAILED):
         await ended(neutral, "a", figures)
@@ -224,7 +168,7 @@ async def test_a_late_sibling_finds_no_reward_left_and_gets_the_mean() -> None:
 
 
 async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(legacy, "GROUPS_KEPT", 3)
+    monkeypatch.setattr("gymlink.rollout.neutral.GROUPS_KEPT", 3)
     neutral = NeutralRewards(0.5)
     for group in "abcd":
         await ended(neutral, group, SCORED)

@@ -1,8 +1,10 @@
-"""Rewards for failed rollouts of verl's legacy trainer, which cannot leave a rollout out: rewards that move nothing.
+"""Rewards for failed rollouts of trainers that cannot leave a rollout out: rewards that move nothing.
 
-The row of a failed rollout has no token to train, but its reward is in the baseline of its group. So it gets one with
+Such a trainer takes a reward for every rollout, and each is in the baseline of its group. So a failed one gets one with
 which the group's mean stays what it is without it, and its spread too wherever that is possible: with two or more
 failures, not with one, where the siblings' normalised advantages grow by sqrt((n-1)/(n-2)), n being the group's size.
+(Were there such a reward f beside m = n-1 scored ones of mean u and sample variance v > 0: keeping the mean asks for
+f = u, and then the variance of all is v (m-1)/m, which is not v.)
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from gymlink.errors import RolloutError
-from gymlink.rollout import Figures, describe_failures, refuse_if_too_many_failed
+from gymlink.rollout.figures import Figures, describe_failures, refuse_if_too_many_failed
 
 GROUPS_KEPT = 10_000
 JUDGED = 256
-"""Failures are judged over this many of the latest rollouts."""
+"""Failures are judged over this many of the latest rollouts, unless a batch is known to have fewer."""
 
 
 def neutral_rewards(scored: Sequence[float], failed: int) -> list[float]:
@@ -35,10 +37,12 @@ def neutral_rewards(scored: Sequence[float], failed: int) -> list[float]:
 
 
 class NeutralRewards:
-    """Knows the rollouts of the legacy trainer, by group. Used from one event loop."""
+    """Knows the latest rollouts of a job, by split and by group. Used from one event loop."""
 
     def __init__(self, max_failed_fraction: float) -> None:
         self._allowed = max_failed_fraction
+        self.batch = JUDGED
+        """How many rollouts the trainer takes at a time."""
         self._groups: OrderedDict[str, list[Figures]] = OrderedDict()
         self._given: dict[str, list[float]] = {}
         self._latest: dict[str, deque[tuple[str, Figures]]] = {split: deque(maxlen=JUDGED) for split in _NAMES}
@@ -51,7 +55,7 @@ class NeutralRewards:
         self._in_flight[split] += 1
 
     async def ended(self, split: str, group: str, figures: Figures, agent: str = "") -> None:
-        """`agent` is who ran it: verl tells validation for each."""
+        """`agent` is who ran it: validation is told for each."""
         async with self._changed:
             self._in_flight[split] -= 1
             self._latest[split].append((agent, figures))
@@ -63,39 +67,54 @@ class NeutralRewards:
     async def reward(self, split: str, group: str, siblings: int, agent: str = "") -> float:
         """The reward for one failed rollout of a group, once all `siblings` of the group have ended.
 
+        In validation it is the mean: there is no spread to keep, and nothing may look better than the best.
+
         Raises:
             RolloutError: too many of the latest rollouts failed, or all of them.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._groups.get(group, ())) >= siblings)
-            scored = [one.reward for one in self._groups[group] if one.reward is not None]
-            if not scored:
-                # A validation's mean is over all prompts of an agent, so that mean is the neutral reward for this one.
-                # In training any will do, as soon as there is one.
-                await self._changed.wait_for(
-                    lambda: not self._in_flight[split] or (split == "train" and self._scored(split))
-                )
-                everyone = self._scored(split)
-                self._judge(split, [reward for _, reward in everyone])
-                of_agent = [reward for who, reward in everyone if who == agent]
-                return fmean(of_agent or [reward for _, reward in everyone])
-            self._judge(split, scored)
-            if group not in self._given:
-                failed = len(self._groups[group]) - len(scored)
-                self._given[group] = neutral_rewards(scored, failed)
-            given = self._given[group]
-            return given.pop() if given else fmean(scored)
+        scored = [one.reward for one in self._groups[group] if one.reward is not None]
+        if not scored:
+            return await self.elsewhere(split, agent)
+        self.judge(split)
+        if split == "val":
+            return fmean(scored)
+        if group not in self._given:
+            failed = len(self._groups[group]) - len(scored)
+            self._given[group] = neutral_rewards(scored, failed)
+        given = self._given[group]
+        return given.pop() if given else fmean(scored)
+
+    async def elsewhere(self, split: str, agent: str = "") -> float:
+        """The reward for a rollout in whose group none was scored: the mean of the latest ones, of its agent if any.
+
+        A validation's mean is over all prompts of an agent, so that one is neutral there once all of them have ended.
+        In training any will do, as soon as there is one.
+
+        Raises:
+            RolloutError: too many of the latest rollouts failed, or all of them.
+        """
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: not self._in_flight[split] or (split == "train" and bool(self._scored(split)))
+            )
+        self.judge(split)
+        everyone = self._scored(split)
+        of_agent = [reward for who, reward in everyone if who == agent]
+        return fmean(of_agent or [reward for _, reward in everyone])
+
+    def judge(self, split: str) -> None:
+        """Raises `RolloutError` when nothing under way can be scored any more, or too many of the latest failed."""
+        latest = [figures for _, figures in self._latest[split]]
+        if not self._in_flight[split] and not self._scored(split):
+            raise RolloutError(f"No {_NAMES[split]} rollout could be scored. {describe_failures(latest)}")
+        if split == "train" and len(latest) >= min(JUDGED, self.batch):
+            refuse_if_too_many_failed(latest, self._allowed)
 
     def _scored(self, split: str) -> list[tuple[str, float]]:
         """Agent and reward of those among the latest that were scored."""
         return [(agent, one.reward) for agent, one in self._latest[split] if one.reward is not None]
-
-    def _judge(self, split: str, scored: Sequence[float]) -> None:
-        latest = [figures for _, figures in self._latest[split]]
-        if not scored:
-            raise RolloutError(f"No {_NAMES[split]} rollout could be scored. {describe_failures(latest)}")
-        if split == "train" and len(latest) == JUDGED:
-            refuse_if_too_many_failed(latest, self._allowed)
 
 
 _NAMES = {"train": "training", "val": "validation"}

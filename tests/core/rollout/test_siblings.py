@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus
-from gymlink_verl.siblings import Siblings
+from gymlink.rollout import Siblings
 
 REQUEST = RolloutRequest({"agent_ref": {"name": "agent"}}, 0)
 

@@ -1,13 +1,15 @@
 """The rollouts of one prompt wait for each other, so that a group is judged whole.
 
-verl's V1 trainer runs the siblings of a prompt in one process and takes a group when the last of them has ended, so
-waiting here delays nothing.
+It is for trainers that run the siblings of a prompt in one process and take a group when the last of them has ended:
+there, waiting delays nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 from gymlink.types import Rollout
 
@@ -17,12 +19,17 @@ ALONE = "alone_in_group"
 
 @dataclass
 class Group:
-    """The siblings of one prompt. `ended` holds a rollout for each that has one, in the order in which they ended."""
+    """The siblings of one prompt. `ended` holds a rollout for each that has one, in the order in which they ended.
 
+    `settled` is free for whoever judges the group: what was worked out about it, once.
+    """
+
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
     members: int = 0
     left: int = 0
     ended: list[Rollout] = field(default_factory=list)
     complete: asyncio.Event = field(default_factory=asyncio.Event)
+    settled: asyncio.Future[Any] | None = None
 
     @property
     def scored(self) -> list[Rollout]:
@@ -30,7 +37,7 @@ class Group:
 
 
 class Siblings:
-    """All groups that are running, by the prompt's uid. Used from one event loop."""
+    """All groups that are running, by a name of the trainer's. Used from one event loop."""
 
     def __init__(self) -> None:
         self._groups: dict[str, Group] = {}

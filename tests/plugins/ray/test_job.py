@@ -16,8 +16,8 @@ from gymlink.gateway import GatewayServer
 from gymlink.host import HostedGym
 from gymlink.rollout import Figures
 from gymlink.types import RolloutStatus
-from gymlink_verl.job import JobActor, _check_agents, front_of, plain, worker_gateway_of
-from gymlink_verl.launch import noted_error
+from gymlink_ray.job import JobActor, _check_agents, front_of, plain, worker_gateway_of
+from gymlink.launch import noted_error
 
 HERE = "10.1.2.3"
 NOBODY = "http://127.0.0.1:9"

@@ -1,0 +1,1 @@
+"""What the plugins for trainers that run on Ray share: one Gym for a job of many processes."""
