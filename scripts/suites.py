@@ -4,18 +4,21 @@
     python3 scripts/suites.py [--parent PID] [SUITE...] [-- PYTEST ARGUMENTS...]
 
 Promise: one line for each suite and, last of all, one line `N passed, N failed, N skipped`, whatever happens. A suite
-that collected no test, or whose run broke down, counts as failed. Exit status 1 when anything failed.
+that collected no test, or whose run broke down, counts as failed. Exit status 1 when anything failed. While one suite
+runs, the next one's environment is made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -35,7 +38,8 @@ SUITES = {
         "trl", ("tests/core", "tests/contract", "tests/docs", "tests/scripts", "tests/parity/test_recording.py")
     ),
     "trl": Suite("trl", ("tests/plugins/trl", "tests/parity/test_trl.py", "tests/e2e")),
-    "verl": Suite("verl", ("tests/plugins/verl", "tests/parity/test_verl.py")),
+    "verl": Suite("verl", ("tests/plugins/ray", "tests/plugins/verl", "tests/parity/test_verl.py")),
+    "openrlhf": Suite("openrlhf", ("tests/plugins/openrlhf", "tests/parity/test_openrlhf.py")),
 }
 
 
@@ -54,14 +58,33 @@ class Outcome(NamedTuple):
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
-def run(name: str, arguments: Sequence[str]) -> Outcome:
-    """Run one suite; its output goes where ours goes."""
+def run(name: str, arguments: Sequence[str], following: str | None = None) -> Outcome:
+    """Run one suite; its output goes where ours goes. `following` is the suite that comes after it."""
     suite = SUITES[name]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        bootstrap = [sys.executable, str(ROOT / "scripts" / "bootstrap.py"), "--parent", str(os.getpid())]
-        pytest = ["pytest", f"--junitxml={report}", *suite.folders, *arguments]
-        return read(report, call([*bootstrap, suite.environment, "--", *pytest]))
+        status = call(bootstrap(suite.environment))  # by itself: the next one's would race it for the lock
+        if status == 0:
+            with made_meanwhile(SUITES[following].environment if following else suite.environment):
+                pytest = ["pytest", f"--junitxml={report}", *suite.folders, *arguments]
+                status = call(bootstrap(suite.environment, "--", *pytest))
+        return read(report, status)
+
+
+def bootstrap(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts" / "bootstrap.py"), "--parent", str(os.getpid()), *arguments]
+
+
+@contextlib.contextmanager
+def made_meanwhile(environment: str) -> Iterator[None]:
+    """Make an environment in silence: what fails is tried again, and told, when its suite's turn has come."""
+    nothing = subprocess.DEVNULL
+    with subprocess.Popen(bootstrap(environment), stdin=nothing, stdout=nothing, stderr=nothing) as making:
+        try:
+            yield
+        except BaseException:
+            making.terminate()
+            raise
 
 
 def call(command: Sequence[str]) -> int:
@@ -116,9 +139,9 @@ def main() -> int:
     if parent is not None:
         end_with_parent(parent)
     lines, total = [], Outcome(0, 0, 0)
-    for name in names:
+    for name, following in zip_longest(names, names[1:]):
         started = time.monotonic()
-        outcome = run(name, arguments)
+        outcome = run(name, arguments, following)
         seconds = time.monotonic() - started
         lines.append(f"suite {name}: {outcome} ({seconds:.0f} s){': ' if outcome.remark else ''}{outcome.remark}")
         total = total.plus(outcome)

@@ -15,8 +15,8 @@ from gymlink.config import load_settings
 from gymlink.errors import ConfigError
 from gymlink.gym import check_rows
 
-PATHS = ("gym_config", "train_file", "eval_file", "output_dir", "run_dir")
-"""Keys of a run file that are paths, whatever the trainer."""
+PATHS = ("gym_config", "train_file", "eval_file", "output_dir")
+"""Keys of every run file that are paths."""
 REQUIRED = {
     "gym_config": "the gym.yaml with the environments",
     "train_file": "Gym rows (JSONL) to train on",

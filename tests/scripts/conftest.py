@@ -65,7 +65,9 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     """A tiny project with the scripts; none of the settings that the surrounding run was started with."""
-    for key in ("GYMLINK_PYTHON", "GYMLINK_INSTALLER", "TRL_VERSION", "VERL_VERSION", "UV_RESOLUTION", "PYTHONPATH"):
+    settings = ("GYMLINK_PYTHON", "GYMLINK_INSTALLER", "UV_RESOLUTION", "UV_TORCH_BACKEND", "PYTHONPATH")
+    links = ("PIP_FIND_LINKS", "UV_FIND_LINKS")  # a torch that lies there would be installed into each checkout
+    for key in (*settings, *links, "TRL_VERSION", "VERL_VERSION", "OPENRLHF_VERSION"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))  # has uv
     root = tmp_path / "checkout"

@@ -24,6 +24,30 @@ VERSION = sys.version_info[:2]
 NAME = f"python{VERSION[0]}.{VERSION[1]}"
 MARK = "GYMLINK_TEST_MARK"
 
+# A package that cannot be built in isolation, nor once the rest is there.
+PARTICULAR = """\
+import importlib.util, os
+import iniconfig
+from setuptools import setup
+
+assert importlib.util.find_spec("six") is None
+with open("particular.py", "w") as module:
+    module.write(f"told = {os.environ['PARTICULAR_TOLD']!r}")
+setup(name="particular", version="1", py_modules=["particular"])
+"""
+IN_ORDER = """\
+import bootstrap
+
+bootstrap.ENVIRONMENTS["ordered"] = bootstrap.Environment(
+    extras=(),
+    groups=("test",),
+    first=(("setuptools", "wheel", "iniconfig"), ("--no-build-isolation", "./particular")),
+    variables=(("PARTICULAR_TOLD", "this"),),
+    without=("iniconfig",),
+)
+bootstrap.guarded(bootstrap.main)
+"""
+
 
 def program(path: Path, script: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +172,48 @@ class TestTorchChoice:
         assert bootstrap.local_torch_wheels([f"file://{tmp_path}", "https://example.org/wheels"]) == expected
         assert bootstrap.local_torch_wheels([str(tmp_path / "missing")]) == {}
 
+    @pytest.mark.parametrize(
+        ("torch", "local", "expected"),
+        [
+            ("", "", ([], "auto")),
+            ("", "2.13.0", (["torch==2.13.0"], "")),
+            ("2.13.0+cpu", "2.13.0", (["torch==2.13.0+cpu"], "")),
+            ("2.13.0+cpu", "2.14.0", (["torch==2.13.0+cpu"], "cpu")),
+            ("2.13.0+cpu", "", (["torch==2.13.0+cpu"], "cpu")),
+        ],
+    )
+    def test_an_environment_may_take_only_one_torch(
+        self, bootstrap: ModuleType, torch: str, local: str, expected: tuple[list[str], str]
+    ) -> None:
+        assert bootstrap.torch_for(bootstrap.Environment((), (), torch=torch), local) == expected
+
+    @pytest.mark.parametrize(
+        ("build", "gpu", "pip", "uv"),
+        [
+            ("", True, [], []),
+            ("auto", False, ["cpu"], ["auto"]),
+            ("auto", True, [], ["auto"]),
+            ("cpu", True, ["cpu"], ["cpu"]),
+        ],
+    )
+    def test_pytorchs_own_index_is_asked_for_what_is_not_here(
+        self,
+        bootstrap: ModuleType,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        build: str,
+        gpu: bool,
+        pip: list[str],
+        uv: list[str],
+    ) -> None:
+        monkeypatch.setattr(bootstrap, "pytorch_index_answers", lambda: True)
+        monkeypatch.setattr(bootstrap, "has_nvidia_gpu", lambda: gpu)
+        stages = bootstrap.Stages(Path("log"), {})
+        by_pip = bootstrap.pip_installer("python", Path("venv"), build).install
+        by_uv = bootstrap.uv_installer(stages, "uv", "python", Path("venv"), build).install
+        assert [part.rpartition("/")[2] for part in by_pip[4:]] == [*("--extra-index-url" for _ in pip), *pip]
+        assert by_uv[5:] == [*("--torch-backend" for _ in uv), *uv]
+
     def test_pips_settings_hold_for_uv_too(self, bootstrap: ModuleType) -> None:
         surroundings = {
             "PIP_FIND_LINKS": "/a /b",
@@ -165,9 +231,10 @@ class TestTorchChoice:
         assert "PYTHONPATH" not in for_installers
 
     def test_a_framework_can_be_pinned(self, bootstrap: ModuleType) -> None:
-        pins = {"TRL_VERSION": "1.16.0", "VERL_VERSION": "0.9.1"}
+        pins = {"TRL_VERSION": "1.16.0", "VERL_VERSION": "0.9.1", "OPENRLHF_VERSION": "0.11.2"}
         assert bootstrap.requirements("trl", pins)[-1] == "trl==1.16.0"
         assert bootstrap.requirements("verl", pins)[-1] == "verl==0.9.1"
+        assert bootstrap.requirements("openrlhf", pins)[-1] == "openrlhf==0.11.2"
         assert "trl==1.16.0" not in bootstrap.requirements("trl", {"TRL_VERSION": ""})
         assert bootstrap.fingerprint("trl", {"TRL_VERSION": "1.16.0"}) != bootstrap.fingerprint("trl", {})
         assert bootstrap.fingerprint("trl", {"VERL_VERSION": "0.9.1"}) == bootstrap.fingerprint("trl", {})
@@ -210,6 +277,17 @@ class TestMaking:
         mended = checkout.bootstrap("trl", "--", "python", "-c", "import six")
         assert mended.returncode == 0, mended.stderr
 
+    @pytest.mark.parametrize("installer", ["uv", pytest.param("pip", marks=pytest.mark.slow)])
+    def test_first_things_first_and_what_is_in_the_way_last(self, checkout: Checkout, installer: str) -> None:
+        checkout.write_pyproject("six")
+        (checkout.root / "particular").mkdir()
+        (checkout.root / "particular" / "setup.py").write_text(PARTICULAR)
+        (checkout.root / "scripts" / "in_order.py").write_text(IN_ORDER)
+        show = "import particular, six, importlib.util; print(particular.told, importlib.util.find_spec('iniconfig'))"
+        made = checkout.script("in_order.py", "ordered", "--", "python", "-c", show, GYMLINK_INSTALLER=installer)
+        assert made.returncode == 0, made.stderr
+        assert made.stdout.split() == ["this", "None"]
+
     def test_two_at_once_install_once(self, checkout: Checkout) -> None:
         command = [sys.executable, str(checkout.root / "scripts" / "bootstrap.py"), "trl", "--", "python", "-c", ""]
         both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -235,7 +313,7 @@ class TestMaking:
         ("arguments", "surroundings", "message"),
         [
             ((), {}, "usage: "),
-            (("verl2",), {}, "No environment is called 'verl2'; known: trl, verl"),
+            (("verl2",), {}, "No environment is called 'verl2'; known: openrlhf, trl, verl"),
             (("trl",), {"GYMLINK_INSTALLER": "conda"}, "expected 'uv' or 'pip'"),
         ],
     )

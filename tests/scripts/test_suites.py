@@ -42,6 +42,16 @@ import sys
 def test_where(): assert sys.prefix.endswith(".venvs/verl")
 """
 
+MEANWHILE = """\
+import pathlib, time
+
+def test_the_other_is_made_too():
+    deadline = time.monotonic() + 120
+    while not pathlib.Path(".venvs/verl/.gymlink-stamp").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+"""
+
 WAITS = """\
 import time, pytest
 
@@ -86,7 +96,8 @@ def test_prints_a_line_for_each_suite_and_the_counts_last(checkout: Checkout, su
     tests = checkout.root / "tests"
     (tests / "core" / "test_it.py").write_text("def test_one(): pass\ndef test_two(): pass")
     (tests / "plugins" / "verl" / "test_where.py").write_text(IN_VERLS)
-    nothing_in_trl = checkout.script("suites.py")
+    three = ("core", "trl", "verl")  # the environment of another would take a minute
+    nothing_in_trl = checkout.script("suites.py", *three)
     *_, core, trl, verl, total = nothing_in_trl.stdout.splitlines()
     assert core.startswith("suite core: 2 passed, 0 failed, 0 skipped (")
     assert trl.startswith("suite trl: 0 passed, 1 failed, 0 skipped (")
@@ -96,7 +107,7 @@ def test_prints_a_line_for_each_suite_and_the_counts_last(checkout: Checkout, su
     assert nothing_in_trl.returncode == 1
 
     (tests / "e2e" / "test_all.py").write_text("def test_three(): pass")
-    good = checkout.script("suites.py")
+    good = checkout.script("suites.py", *three)
     assert good.stdout.splitlines()[-1] == "4 passed, 0 failed, 0 skipped"
     assert good.returncode == 0
 
@@ -104,10 +115,30 @@ def test_prints_a_line_for_each_suite_and_the_counts_last(checkout: Checkout, su
     assert chosen.stdout.splitlines()[-1] == "1 passed, 0 failed, 0 skipped"
 
 
+def test_the_next_environment_is_made_while_a_suite_runs(checkout: Checkout, suites: ModuleType) -> None:
+    checkout.write_pyproject("pytest")
+    for suite in ("trl", "verl"):
+        for folder in suites.SUITES[suite].folders:
+            (checkout.root / folder).mkdir(parents=True)
+    (checkout.root / "tests" / "e2e" / "test_it.py").write_text(MEANWHILE)
+    (checkout.root / "tests" / "plugins" / "verl" / "test_where.py").write_text(IN_VERLS)
+    both = checkout.script("suites.py", "trl", "verl")
+    assert both.stdout.splitlines()[-1] == "2 passed, 0 failed, 0 skipped"
+
+
+def test_without_a_name_every_suite_runs(suites: ModuleType) -> None:
+    assert suites.parse(["--", "-x"]) == (None, list(suites.SUITES), ["-x"])
+    assert suites.parse(["verl"]) == (None, ["verl"], [])
+
+
+def test_every_trainer_has_its_suite_in_its_environment(suites: ModuleType, bootstrap: ModuleType) -> None:
+    assert {suite.environment for suite in suites.SUITES.values()} == set(bootstrap.ENVIRONMENTS)
+
+
 def test_an_unknown_suite_is_status_2(checkout: Checkout) -> None:
     answer = checkout.script("suites.py", "cores")
     assert answer.returncode == 2
-    assert "No suite is called 'cores'; known: core, trl, verl." in answer.stderr
+    assert "No suite is called 'cores'; known: core, trl, verl, openrlhf." in answer.stderr
 
 
 def test_ctrl_c_lets_the_tests_clean_up(checkout: Checkout, suites: ModuleType) -> None:

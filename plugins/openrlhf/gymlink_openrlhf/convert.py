@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from gymlink.types import Rollout, RolloutStatus, Segment
+from gymlink.types import Rollout, RolloutStatus
 
 Range = tuple[int, int]
 """First position and the one after the last."""
@@ -20,15 +20,27 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What is trained of a rollout. `ids` and `logprobs` have one length; `ranges` are of the tokens to train."""
+    """What is trained of a rollout. `ids` and `logprobs` have one length; `ranges` are of the tokens to train.
+
+    `truncated` says that a limit cut it, for which OpenRLHF can take something off its reward.
+    """
 
     ids: Sequence[int]
     ranges: Sequence[Range]
     logprobs: Sequence[float]
+    truncated: bool = False
+
+    @property
+    def length(self) -> int:
+        """From the first token to train to the last: what OpenRLHF calls the response's length."""
+        return self.ranges[-1][1] - self.ranges[0][0]
 
 
-def sample_of(segment: Segment) -> Sample:
-    """A segment up to its last token to train: what the environment wrote after that teaches nothing."""
+def sample_of(rollout: Rollout) -> Sample:
+    """The branch of the final response, up to its last token to train: what the environment wrote after that teaches
+    nothing.
+    """
+    segment = rollout.segments[-1]
     start = len(segment.prompt_ids)
     ranges = list(_ranges(segment.response_mask, start))
     end = ranges[-1][1] if ranges else start
@@ -36,6 +48,7 @@ def sample_of(segment: Segment) -> Sample:
         [*segment.prompt_ids, *segment.response_ids][:end],
         ranges,
         [0.0] * start + list(segment.response_logprobs[: end - start]),
+        rollout.status is RolloutStatus.TRUNCATED,
     )
 
 
@@ -84,7 +97,7 @@ def response_of(
         "rollout_log_probs": list(sample.logprobs) if with_logprobs else None,
         "reward": float(reward),
         "scores": float(score),
-        "truncated": is_trainable(rollout) and rollout.status is RolloutStatus.TRUNCATED,
+        "truncated": sample.truncated,
         "extra_logs": {
             "gym_turns": float(len(rollout.turns)),
             "gym_failed": float(rollout.status is RolloutStatus.FAILED),

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,15 +19,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from gymlink_ray.job import GYM_FILE
 
 from gymlink.demo import TASK, DemoRequest, DemoResult, Watch
 from gymlink.errors import PluginError, RolloutError
 from gymlink_openrlhf.train import Run, start
+from gymlink_ray.job import GYM_FILE
 
 LOG = "openrlhf.log"
 HEADS = 2
 """Of the model's attention: vLLM takes none with fewer than 32 dimensions a head."""
+STEPS, LEARNING_RATE = 30, 4e-3
+"""Fewer and smaller steps than others take: OpenRLHF's vLLM computes in bfloat16, with which sampled and recomputed
+probabilities come apart as the logits grow."""
 LEAST_RISE, LEAST_REWARD = 3.0, 0.6
 STEP = re.compile(r"Global step (\d+): \{(.*)\}")
 FIGURE = re.compile(r"'([^']+)': (-?(?:nan|inf|[\d.]+(?:e[+-]?\d+)?))(?=,|$)")
@@ -42,14 +46,15 @@ def run(request: DemoRequest) -> DemoResult:
     _check_device(request)
     from gymlink_tiny import save_tiny
 
-    steps = request.steps or TASK.steps
+    steps = request.steps or STEPS
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         values = _run_file(request, folder, model=save_tiny(folder / "model", TASK.corpus, heads=HEADS), steps=steps)
         watch = _Steps(request, steps)
         path = request.output / LOG
         with path.open("wb") as log:
-            start(Run.of(values, request.arguments), output=log, log=path, meanwhile=watch.look)
+            made = replace(Run.of(values, request.arguments), run_dir=request.output.absolute())
+            start(made, output=log, log=path, meanwhile=watch.look)
     return watch.result(steps)
 
 
@@ -74,12 +79,12 @@ def _run_file(request: DemoRequest, folder: Path, *, model: Path, steps: int) ->
         rows = (server / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         file.writelines(islice(cycle(rows), steps * TASK.prompts_a_step))
     batch = TASK.prompts_a_step * TASK.generations
+    one_gpu = not request.arguments  # which trainer and vLLM share; otherwise the flags say what there is
     return {
         "gym_config": gym_config,
         "train_file": train_file,
         "model_name_or_path": model,
         "output_dir": folder / "openrlhf",
-        "run_dir": request.output,
         "data": {"max_len": 128},
         "rollout": {
             "batch_size": TASK.prompts_a_step,
@@ -87,19 +92,23 @@ def _run_file(request: DemoRequest, folder: Path, *, model: Path, steps: int) ->
             "max_new_tokens": TASK.tokens_a_turn,
             "micro_batch_size": batch,
         },
-        "train": {"batch_size": batch, "micro_batch_size": batch},
+        "train": {"batch_size": batch, "micro_batch_size": batch, "colocate_all": one_gpu},
         "algo": {
             "advantage": {"estimator": "group_norm", "is_correction_level": "token"},
             "kl": {"init_coef": 0},
         },
         "actor": {
             "num_gpus_per_node": 1,
-            "adam": {"lr": TASK.learning_rate},
+            "adam": {"lr": LEARNING_RATE},
             "lr_scheduler": "constant",
         },
-        "ref": {"num_gpus_per_node": 1},
-        "vllm": {"num_engines": 1, "gpu_memory_utilization": 0.1, "enforce_eager": True},
-        "ds": {"zero_stage": 0, "attn_implementation": "sdpa"},
+        "vllm": {
+            "num_engines": 1,
+            "gpu_memory_utilization": 0.1,
+            "enforce_eager": True,
+            "enable_sleep": one_gpu,
+        },
+        "ds": {"zero_stage": 0, "enable_sleep": one_gpu},
     }
 
 

@@ -12,9 +12,6 @@ from typing import Any, Protocol
 from gymlink.errors import ContextOverflowError, EngineError
 from gymlink.types import FinishReason, Generation, Sampling
 
-OFF = -1
-"""vLLM's `top_k` that keeps every token."""
-
 
 class LlmEngine(Protocol):
     """What this needs of the `llm_engine` that OpenRLHF hands to an agent."""
@@ -71,7 +68,7 @@ def _params(sampling: Sampling, limit: int, stop_token_ids: Sequence[int]) -> An
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        top_k=sampling.top_k or OFF,
+        top_k=sampling.top_k,
         min_p=sampling.min_p,
         max_tokens=limit,
         stop_token_ids=list(stop_token_ids),
@@ -91,6 +88,9 @@ def _generation(output: Any) -> Generation:
 
 
 def _finish_reason(told: str | None) -> FinishReason:
-    if told == "length":
-        return "length"
-    return "abort" if told == "abort" else "stop"
+    match told:
+        case "stop" | "length" | "abort":
+            return told
+        case "repetition":
+            return "stop"
+    raise EngineError(f"vLLM ended a generation with the finish_reason {told!r}.")

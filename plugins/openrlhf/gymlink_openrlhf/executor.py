@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import orjson
-from gymlink_ray.job import Job, plain, worker_gateway_of
 from openrlhf.utils.agent import AgentExecutorBase
 
 from gymlink.config import load_settings
@@ -25,15 +24,15 @@ from gymlink.gym import parse_row
 from gymlink.host import HostedGym
 from gymlink.launch import note_error
 from gymlink.rollout import Figures, Group, Recorder, Siblings
+from gymlink.rollout.recorder import Split
 from gymlink.types import Rollout, RolloutRequest, Sampling
 from gymlink.worker import RolloutWorker
 from gymlink_openrlhf.convert import Sample, is_trainable, placeholder, response_of, sample_of, sampled_in
 from gymlink_openrlhf.engine import ActorEngine
 from gymlink_openrlhf.options import Options, command_line, one_branch, read_options, sampling_of
-from gymlink_openrlhf.weigh import Weights, weigh
-
-LABEL_FIELD = "gymlink"
-"""A key of a label beside those of the Gym row: `{"index": ..., "split": "train" | "val"}`."""
+from gymlink_openrlhf.prompts import LABEL_FIELD
+from gymlink_openrlhf.weigh import Weights, equal, weigh
+from gymlink_ray.job import Job, plain, worker_gateway_of
 
 
 def executor_for(*, gym_config: str, run_dir: str) -> type[AgentExecutorBase]:
@@ -134,7 +133,7 @@ class Task:
 
     row: bytes
     index: int
-    split: str
+    split: Split
 
     @classmethod
     def of(cls, label: str | Mapping[str, Any], index: int) -> Task:
@@ -147,12 +146,13 @@ class Task:
                 "`gymlink prompts openrlhf ROWS`, and give --data.label_key label."
             ) from error
         own = row.pop(LABEL_FIELD, None) or {}
-        return cls(orjson.dumps(row), int(own.get("index", index)), str(own.get("split", "train")))
+        return cls(orjson.dumps(row), int(own.get("index", index)), "val" if own.get("split") == "val" else "train")
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What a group is worth. `rewards` and `scores` are by rollout id; `placeholder` stands for those without a score.
+    """What a group is worth. `rewards` and `scores` are by rollout id; `placeholder` stands for those that are not
+    trained.
 
     `untrained` is the reason why nothing of the group is learnt, None when it is.
     """
@@ -164,8 +164,8 @@ class Settled:
 
     def sample(self, rollout: Rollout) -> Sample:
         """What OpenRLHF gets of one of the group's rollouts."""
-        if is_trainable(rollout) or self.placeholder is None:
-            return sample_of(rollout.segments[-1])
+        if self.placeholder is None or (is_trainable(rollout) and self.untrained is None):
+            return sample_of(rollout)
         return self.placeholder
 
     def figures(self, rollout: Rollout) -> Figures:
@@ -218,12 +218,14 @@ class Station:
         Raises:
             RolloutError: too many rollouts failed. GymError: one of Gym's servers has died.
         """
-        scored = [rollout for rollout in group.ended if is_trainable(rollout)]
-        others = [rollout for rollout in group.ended if not is_trainable(rollout)]
+        scored = [rollout for rollout in group.ended if _counts(rollout, task)]
+        others = [rollout for rollout in group.ended if not _counts(rollout, task)]
         if others:
             await self.job.actor.judge.remote(task.split)
         weights = await self._weights(scored, others, task)
-        stand_in = sampled_in([*others, *scored]) or await self._sampled(prompt, sampling_params) if others else None
+        stand_in = None
+        if not all(map(is_trainable, group.ended)):
+            stand_in = sampled_in([*others, *scored]) or await self._sampled(prompt, sampling_params)
         ids = [rollout.rollout_id for rollout in [*scored, *others]]
         return Settled(
             dict(zip(ids, [*weights.rewards, *weights.others], strict=True)),
@@ -237,8 +239,9 @@ class Station:
         if scored:
             return weigh(scored, len(others), self.options, training=training)
         reward = await self.job.actor.reward_elsewhere.remote(task.split, _agent_of(others[0]))
-        score = math.nan if training and self.options.filtering else reward
-        return Weights([], [], [reward] * len(others), score)
+        if not training:
+            return Weights([], [], [reward] * len(others), reward)
+        return Weights([], [], [equal(reward)] * len(others), math.nan if self.options.filtering else reward)
 
     async def _sampled(self, prompt: str, sampling_params: Any) -> Sample:
         """A placeholder for a group in which nothing was sampled: so one token is, after the dataset's prompt."""
@@ -255,6 +258,11 @@ class Station:
         batch = self.batches.pop(rollout.rollout_id)
         line = self.recorder.line(rollout, batch=batch, split=task.split, figures=figures)
         await self.job.actor.ended.remote(task.split, figures, line)
+
+
+def _counts(rollout: Rollout, task: Task) -> bool:
+    """Whether its reward does: in training only where there is a token to learn it by."""
+    return is_trainable(rollout) or (task.split != "train" and rollout.reward is not None)
 
 
 def _agent_of(rollout: Rollout) -> str:

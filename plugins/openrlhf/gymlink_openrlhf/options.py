@@ -64,8 +64,15 @@ def command_line() -> Sequence[str]:
     own = ray.get_runtime_context().get_job_id()
     for job in jobs():
         if job["JobID"] == own:
-            return shlex.split(job["Entrypoint"])
+            return split_entrypoint(job["Entrypoint"])
     return ()
+
+
+def split_entrypoint(line: str) -> Sequence[str]:
+    """The arguments that Ray wrote as one line, with `subprocess.list2cmdline`: to that, an apostrophe is a letter."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.quotes, lexer.commenters = True, '"', ""
+    return list(lexer)
 
 
 def read_options(arguments: Sequence[str]) -> Options:
@@ -84,6 +91,12 @@ def read_options(arguments: Sequence[str]) -> Options:
             f"--data.max_images_per_prompt is {flags['data.max_images_per_prompt']}, and rollouts from Gym hold text "
             "only. Leave it out."
         )
+    for name in ("reward.model_name_or_path", "reward.remote_url"):
+        if flags[name] is not None:
+            raise ConfigError(
+                f"--{name} is {flags[name]!r}, and with an agent OpenRLHF passes over it: the reward is Gym's. Leave it "
+                "out; a judge is a server of the Gym environment."
+            )
     filtering: tuple[float, float] | None = None
     if flags["algo.dynamic_filtering_enable"]:
         low, high = flags["algo.dynamic_filtering_range"]
@@ -113,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rollout.max_new_tokens", type=int, default=None)
     parser.add_argument("--data.max_len", type=int, default=2048)
     parser.add_argument("--data.max_images_per_prompt", type=int, default=0)
+    parser.add_argument("--reward.model_name_or_path", default=None)
+    parser.add_argument("--reward.remote_url", default=None)
     parser.add_argument("--reward.overlong_buffer_len", type=float, default=None)
     parser.add_argument("--reward.overlong_penalty_factor", type=float, default=1.0)
     parser.add_argument("--reward.stop_properly_penalty_coef", type=float, default=None)

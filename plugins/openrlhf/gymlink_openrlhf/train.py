@@ -25,7 +25,7 @@ from gymlink_openrlhf.agent import AGENT_FILE, write_agent
 from gymlink_openrlhf.launch import run_openrlhf
 from gymlink_openrlhf.prompts import INPUT_KEY, LABEL_KEY, check_path, write_prompts
 
-OWN = ("gym_config", "train_file", "eval_file", "model_name_or_path", "output_dir", "run_dir")
+OWN = ("gym_config", "train_file", "eval_file", "model_name_or_path", "output_dir")
 """Keys of a run file that are gymlink's own; all others are OpenRLHF's."""
 OUTPUT_DIR = "runs/openrlhf"
 
@@ -52,7 +52,7 @@ class Run:
             Path(values["eval_file"]) if values.get("eval_file") else None,
             str(values["model_name_or_path"]),
             output,
-            Path(values.get("run_dir") or output / "gym").absolute(),
+            output / "gym",
             [*flags_of({key: value for key, value in values.items() if key not in OWN}), *arguments],
         )
 

@@ -7,14 +7,15 @@ give the others what they would get among themselves:
     group_norm                    (r - mean(r)) / std(r): two or more keep the spread too. One cannot
                                   (`gymlink.rollout.neutral` has the proof): the others grow by sqrt((n-1)/(n-2)).
     rloo                          r - mean of the others: n rewards of which n - m are the mean u of the m scored give
-                                  n/(n-1) (r - u), and the m alone m/(m-1) (r - u); so the scored ones are drawn to
-                                  their mean by the quotient of the two.
+                                  n/(n-1) (r - u), and the m alone m/(m-1) (r - u); so the scored ones are moved away
+                                  from their mean by the quotient of the two.
     gae, reinforce                no group: the mean, for want of the value or of the batch's mean.
     flash_reinforce               the batch's mean: likewise.
 
 (`RemoteExperienceMaker.compute_advantages_and_returns`, OpenRLHF 0.11.2.) Length penalties change rewards before that,
-and are accounted for with OpenRLHF's own function. In evaluation every reward is told as it is, and the mean is
-neutral.
+and are accounted for with OpenRLHF's own function; only rloo's quotient is left out under
+`--reward.stop_properly_penalty_coef`, which multiplies what it is given. In evaluation every reward is told as it is,
+and the mean is neutral.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from statistics import fmean
 from types import SimpleNamespace
 
 from gymlink.rollout import ALONE, neutral_rewards
-from gymlink.types import Rollout, RolloutStatus
+from gymlink.types import Rollout
 from gymlink_openrlhf.convert import sample_of
 from gymlink_openrlhf.options import GROUP_RELATIVE, Options, Penalties
 
@@ -34,6 +35,8 @@ FILTERED = "filtered"
 """The reason under which the tokens of a group are counted that OpenRLHF's dynamic filtering leaves out."""
 COMPARABLE = 2
 """Scored rollouts that an estimator needs of a group in order to compare."""
+KEPT_BITS = 14
+"""Of an equal reward: float32 has 24, so it adds up to 1024 of them without an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,23 @@ class Weights:
 def weigh(scored: Sequence[Rollout], others: int, options: Options, *, training: bool) -> Weights:
     """What a group is worth of which `scored` (at least one) have a score and `others` have none."""
     plain = [float(rollout.reward) for rollout in scored if rollout.reward is not None]
+    mean = fmean(plain)
     if not training:
-        return Weights(plain, plain, [fmean(plain)] * others, fmean(plain))
-    alone = options.estimator in GROUP_RELATIVE and others > 0 and len(scored) < COMPARABLE
-    score = math.nan if alone and options.filtering else fmean(plain)
+        return Weights(plain, plain, [mean] * others, mean)
+    if options.estimator in GROUP_RELATIVE and others > 0 and len(scored) < COMPARABLE:
+        return Weights([equal(mean)], plain, [equal(mean)] * others, math.nan if options.filtering else mean, ALONE)
     rewards, neutral = _rewards(scored, plain, others, options)
-    return Weights(rewards, plain, neutral, score, ALONE if alone else _filtered(score, options))
+    return Weights(rewards, plain, neutral, mean, _filtered(mean, options))
+
+
+def equal(reward: float) -> float:
+    """A reward for all rollouts of a group, which group_norm makes advantages of 0 from.
+
+    In float32 the mean of equal numbers can be one digit off, and group_norm divides by a spread that is no larger:
+    advantages would be near 1. A number of few digits has no such error.
+    """
+    mantissa, exponent = math.frexp(reward)
+    return math.ldexp(round(math.ldexp(mantissa, KEPT_BITS)), exponent - KEPT_BITS)
 
 
 def _filtered(score: float, options: Options) -> str | None:
@@ -75,10 +89,12 @@ def _rewards(
     if not others:
         return plain, []
     kept = _penalised(scored, plain, options.penalties)
-    if options.estimator == "group_norm":
-        return plain, neutral_rewards(kept, others)
     mean = fmean(kept)
-    if options.estimator == "rloo" and len(kept) >= COMPARABLE and options.penalties.stop_properly_penalty_coef is None:
+    if options.estimator == "group_norm":
+        if kept == plain and math.isclose(min(plain), max(plain), rel_tol=1e-6):
+            return [equal(mean)] * len(plain), [equal(mean)] * others
+        return plain, neutral_rewards(kept, others)
+    if options.estimator == "rloo" and options.penalties.stop_properly_penalty_coef is None:
         size, all_of_them = len(kept), len(kept) + others
         drawn = size * (all_of_them - 1) / ((size - 1) * all_of_them)
         # What a penalty takes off, it takes off after this.
@@ -93,11 +109,11 @@ def _penalised(scored: Sequence[Rollout], plain: Sequence[float], penalties: Pen
     import torch
     from openrlhf.trainer.ppo_utils.length_penalty import apply_length_penalties
 
-    ranges = [sample_of(rollout.segments[-1]).ranges for rollout in scored]
+    samples = [sample_of(rollout) for rollout in scored]
     experience = SimpleNamespace(
         rewards=torch.tensor(plain, dtype=torch.float64),
-        response_length=torch.tensor([found[-1][1] - found[0][0] for found in ranges]),
-        truncated=torch.tensor([rollout.status is RolloutStatus.TRUNCATED for rollout in scored]),
+        response_length=torch.tensor([sample.length for sample in samples]),
+        truncated=torch.tensor([sample.truncated for sample in samples]),
         info={},
     )
     reward = SimpleNamespace(

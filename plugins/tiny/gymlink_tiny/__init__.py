@@ -49,15 +49,20 @@ def make_tokenizer(corpus: Iterable[str] = CORPUS, *, vocab_size: int = 320) -> 
     return fast
 
 
-def make_model(tokenizer: PreTrainedTokenizerBase, *, max_context: int = 1024, seed: int = 0) -> Qwen2ForCausalLM:
-    """A Qwen2 of two layers with random weights for this tokenizer; torch's own random state is left alone."""
+def make_model(
+    tokenizer: PreTrainedTokenizerBase, *, max_context: int = 1024, seed: int = 0, heads: int = 4
+) -> Qwen2ForCausalLM:
+    """A Qwen2 of two layers with random weights for this tokenizer; torch's own random state is left alone.
+
+    A head has 64 / `heads` dimensions: vLLM takes none of fewer than 32.
+    """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=max_context,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -69,10 +74,10 @@ def make_model(tokenizer: PreTrainedTokenizerBase, *, max_context: int = 1024, s
         return Qwen2ForCausalLM(config)
 
 
-def save_tiny(folder: Path, corpus: Iterable[str] = CORPUS, *, seed: int = 0) -> Path:
-    """Write a tiny model with its tokenizer to `folder`, as `from_pretrained` reads them."""
+def save_tiny(folder: Path, corpus: Iterable[str] = CORPUS, *, seed: int = 0, heads: int = 4) -> Path:
+    """Write a tiny model with its tokenizer to `folder`, as `from_pretrained` reads them. See `make_model`."""
     tokenizer = make_tokenizer(corpus)
-    make_model(tokenizer, seed=seed).save_pretrained(folder)
+    make_model(tokenizer, seed=seed, heads=heads).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -82,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gymlink_tiny", description="Write a tiny random chat model.")
     parser.add_argument("folder", type=Path, help="where the model and its tokenizer go; made when missing")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--heads", type=int, default=4, help="of attention: vLLM wants 2 at most")
     given = parser.parse_args(arguments)
-    save_tiny(given.folder, seed=given.seed)
+    save_tiny(given.folder, seed=given.seed, heads=given.heads)
     print(f"A tiny model is in {given.folder}")  # noqa: T201 - this is a program

@@ -9,10 +9,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import gymlink
-from gymlink import demo
+from gymlink import demo, plugins
 from gymlink.cli import app
 from gymlink.demo import DemoRequest, DemoResult, environments_root
+from gymlink.errors import PluginError
 from gymlink.hookspecs import Framework
+from gymlink.plugins import load_plugins
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +39,7 @@ def test_help_names_the_commands_and_starts_quickly() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("train", "nothing", "--config", "x.yaml"), "No framework is called 'nothing'; known: trl"),
+        (("train", "nothing", "--config", "x.yaml"), "No framework is called 'nothing'; known: openrlhf, trl, verl"),
         (("train", "trl", "--config", "/no/such/run.yaml"), "/no/such/run.yaml"),
         (("demo", "--framework", "nothing"), "No framework is called 'nothing'"),
         (("demo", "--steps", "0"), "Input should be greater than or equal to 1"),
@@ -50,6 +52,23 @@ def test_wrong_use_is_one_message_and_status_2(arguments: tuple[str, ...], said:
     assert done.returncode == 2, done.stderr
     assert said in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("trl", 'trl needs no file of gymlink\'s. Switch it on with rollout_func=GymRollout("gym.yaml")'),
+        ("verl", "verl needs no file of gymlink's. Switch it on with +gymlink=gym on your launch command."),
+    ],
+)
+def test_a_trainer_that_needs_no_file_is_switched_on_otherwise(
+    name: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "find_framework", load_plugins().frameworks.__getitem__)  # whatever is installed here
+    for arguments, said in (["path", name], says), (["prompts", name, "rows.jsonl"], "give it 'rows.jsonl' itself"):
+        done = CliRunner().invoke(app, arguments)
+        assert isinstance(done.exception, PluginError)
+        assert said in str(done.exception)
 
 
 def test_the_demos_environments_are_found() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from verl_runs import Run, flaky
+from gym_rows import flaky
+from verl_runs import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.gym]
 

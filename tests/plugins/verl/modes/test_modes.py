@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from verl_runs import GENERATIONS, MIXED, STEPS, Key, Run
+from gym_rows import MIXED
+from verl_runs import GENERATIONS, STEPS, Key, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.gym]
 
