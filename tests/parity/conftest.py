@@ -11,4 +11,6 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-collect_ignore = [f"test_{trainer}.py" for trainer in ("trl", "verl") if not _is_installed(trainer)]
+collect_ignore = [f"test_{trainer}.py" for trainer in ("trl", "verl", "openrlhf") if not _is_installed(trainer)]
+if _is_installed("openrlhf"):
+    import openrlhf_steps  # noqa: F401 - before anything else imports OpenRLHF

@@ -48,9 +48,9 @@ from gymlink.config import GatewaySettings, GymSettings, Settings
 from gymlink.host import HostedGym
 from gymlink.rollout import Figures, Recorder
 from gymlink.types import Rollout, RolloutRequest, Sampling
+from gymlink_ray.job import Job, JobActor
 from gymlink_tiny import make_model
 from gymlink_verl.dataset import GymDataset
-from gymlink_ray.job import Job, JobActor
 from gymlink_verl.loop import Station
 from gymlink_verl.options import read_options
 from gymlink_verl.train import compose

@@ -52,7 +52,11 @@ def read(response: Mapping[str, Any], max_length: int = 2048) -> Experience:
 
 
 def with_advantages(
-    responses: Sequence[Mapping[str, Any]], args: SimpleNamespace, values: Sequence[float] = ()
+    responses: Sequence[Mapping[str, Any]],
+    args: SimpleNamespace,
+    values: Sequence[float] = (),
+    *,
+    max_length: int = 2048,
 ) -> list[Experience]:
     """The batch that is trained on, in its micro batches. No KL; `values` are the critic's, one for each response."""
     maker = object.__new__(RemoteExperienceMaker)
@@ -61,7 +65,7 @@ def with_advantages(
     maker.tokenizer = SimpleNamespace(pad_token_id=PAD)
     maker.advantage_estimator = args.algo.advantage.estimator
     maker.kl_ctl = SimpleNamespace(value=0.0)
-    batch: list[Experience] = maker.split_rollout_samples([read(response) for response in responses])
+    batch: list[Experience] = maker.split_rollout_samples([read(response, max_length) for response in responses])
     for one in batch:
         one.kl = torch.zeros(one.action_mask.shape)
         if values:

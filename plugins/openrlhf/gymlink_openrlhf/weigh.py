@@ -91,14 +91,15 @@ def _rewards(
     kept = _penalised(scored, plain, options.penalties)
     mean = fmean(kept)
     if options.estimator == "group_norm":
+        # What a penalty leaves equal has the digits that float32 gives it: those are left to chance.
         if kept == plain and math.isclose(min(plain), max(plain), rel_tol=1e-6):
             return [equal(mean)] * len(plain), [equal(mean)] * others
         return plain, neutral_rewards(kept, others)
     if options.estimator == "rloo" and options.penalties.stop_properly_penalty_coef is None:
         size, all_of_them = len(kept), len(kept) + others
-        drawn = size * (all_of_them - 1) / ((size - 1) * all_of_them)
+        quotient = size * (all_of_them - 1) / ((size - 1) * all_of_them)
         # What a penalty takes off, it takes off after this.
-        plain = [one + (drawn - 1) * (after - mean) for one, after in zip(plain, kept, strict=True)]
+        plain = [one + (quotient - 1) * (after - mean) for one, after in zip(plain, kept, strict=True)]
     return plain, [mean] * others
 
 

@@ -27,8 +27,10 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_COMPILE_DISABLE": "1",  # or vLLM has a C++ compiler make a faster way to rank log-probabilities
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's process does the work itself, as it does with a GPU
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": "",
 }

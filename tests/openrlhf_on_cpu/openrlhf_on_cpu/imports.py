@@ -14,7 +14,7 @@ _waiting: dict[str, Then] = {}
 
 
 def after_import(name: str, then: Then) -> None:
-    """Call `then` with the module `name`: now if it has been imported, else right after it is, before anyone sees it."""
+    """Call `then` with the module `name`: now if it is there, else right after its import, before anyone sees it."""
     if name in sys.modules:
         then(sys.modules[name])
         return

@@ -1,10 +1,10 @@
 """Saves what reaches the loss: with OPENRLHF_ON_CPU_RECORD=<folder>, one file for each micro-batch of a training step.
 
 A file `<role>-<rank>-<step>-<number>.pt` (role "actor" or "critic"; steps count from 1, numbers from 0 within a step)
-is read with `torch.load`: a dict of "role", "rank", "step", "number", "experience" (every field of OpenRLHF's Experience
-as it stood when the loss was computed), "given" (what the loss function was called with, by argument) and "output" (what
-it returned). Tensors are padded as OpenRLHF pads them; values that are no tensor are plain Python. A file appears whole
-or not at all. Nothing that is computed changes.
+is read with `torch.load`: a dict of "role", "rank", "step", "number", "experience" (every field of OpenRLHF's
+Experience, as it stood when the loss was computed), "given" (what the loss function was called with, by argument) and
+"output" (what it returned). Tensors are padded as OpenRLHF pads them; values that are no tensor are plain Python. A
+file appears whole or not at all. Nothing that is computed changes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """DeepSpeed without a compiler and without a port.
 
-DeepSpeed has its own kernels for a CPU, and compiles them on first use: about a minute of a C++ compiler for a collective
-over shared memory and for a fused Adam, where gloo and torch's AdamW compute the same. And OpenRLHF's workers choose the
-port at which they will meet long before they bind it (trainer/ray/launcher.py): on a machine that runs everything, some
-other connection may have taken it by then. So they meet in a file of Ray's session.
+DeepSpeed has its own kernels for a CPU, and compiles them on first use: about a minute of a C++ compiler for a
+collective over shared memory and for a fused Adam, where gloo and torch's AdamW compute the same. And OpenRLHF's
+workers choose the port at which they will meet long before they bind it (trainer/ray/launcher.py): on a machine that
+runs everything, some other connection may have taken it by then. So they meet in a file of Ray's session.
 """
 
 from __future__ import annotations

@@ -9,32 +9,23 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from transformers import PreTrainedTokenizerBase
 from vllm import SamplingParams
-from vllm.logprobs import Logprob
-from vllm.outputs import CompletionOutput, RequestOutput
 
-from gymlink.config import GatewaySettings, load_settings
 from gymlink.errors import ConfigError, GymStartError, RolloutError
-from gymlink.host import GymHost, HostedGym
-from gymlink.rollout import ALONE, Figures
+from gymlink.rollout import ALONE
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling
-from gymlink_openrlhf import executor as module
 from gymlink_openrlhf.convert import Sample, placeholder, sample_of
-from gymlink_openrlhf.executor import GymAgentExecutor, executor_for
 from gymlink_openrlhf.weigh import FILTERED
-from gymlink_ray.job import Job, JobActor
+from openrlhf_actor import GYM, Actor, Worker
 from openrlhf_rollouts import ROW, failed, scored, turn
 
-GYM = HostedGym("http://nowhere", "secret", {"agent": "http://nowhere/agent"}, "0.4.0")
 LABEL = json.dumps({**ROW, "gymlink": {"index": 7, "split": "train"}})
 EVALUATION = LABEL.replace('"train"', '"val"')
 PROMPT = "agent: go"
@@ -51,26 +42,13 @@ Outcome = float | Rollout | Exception
 """How a rollout goes: its reward, what it is, or what is raised instead."""
 
 
-class Worker:
-    """Stands where `gymlink.worker.RolloutWorker` stands; the outcomes come in the order of the calls."""
+class Outcomes(Worker):
+    """The outcomes come in the order of the calls."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.outcomes: list[Outcome] = []
         self.asked: list[tuple[RolloutRequest, Sampling]] = []
-        self.made: dict[str, Any] = {}
-        self.joined: dict[str, Any] = {}
-
-    def make(self, settings: Any, **made: Any) -> Worker:
-        assert not self.made, "an actor has one worker"
-        self.made = {"settings": settings, **made}
-        return self
-
-    async def serve(self, secret: str, gateway: GatewaySettings) -> str:
-        await asyncio.sleep(0)
-        return f"http://{gateway.host}/{secret}"
-
-    def join(self, gym: HostedGym, **joined: Any) -> None:
-        self.joined = {"gym": gym, **joined}
 
     async def rollout(self, request: RolloutRequest, *, sampling: Sampling) -> Rollout:
         number = len(self.asked)
@@ -83,106 +61,15 @@ class Worker:
         return replace(made, request=request, rollout_id=f"0.{number}")
 
 
-class Here(GymHost):
-    """A Gym that is looked at and never called."""
+class Bench(Actor):
+    """A rollout actor whose rollouts go as told."""
 
-    enlisted: Sequence[str] = ()
-    error: Exception | None = None
+    worker: Outcomes
 
-    async def start(self) -> HostedGym:
-        if self.error:
-            raise self.error
-        return GYM
-
-    def check(self) -> None: ...
-
-    def enlist(self, url: str) -> int:
-        self.enlisted = [*self.enlisted, url]
-        return 5
-
-
-class Told(JobActor):
-    """The job's actor, which also keeps what it is told."""
-
-    def __init__(self, gym_config: Path, run_dir: Path) -> None:
-        settings = load_settings(gym_config)
-        super().__init__(settings, str(run_dir), GatewaySettings())
-        self.host = self._host = Here(settings, run_dir)
-        self.told: list[tuple[str, Figures]] = []
-
-    async def ended(self, split: str, figures: Figures, line: bytes) -> None:
-        await super().ended(split, figures, line)
-        figures.check_conservation()
-        self.told.append((split, figures))
-
-
-class Remote:
-    """An actor's handle: what is called begins at once, whether it is waited for or not, in this process."""
-
-    def __init__(self, actor: object) -> None:
-        self._actor = actor
-
-    def __getattr__(self, name: str) -> Any:
-        def remote(*arguments: Any) -> asyncio.Task[Any]:
-            called: Coroutine[Any, Any, Any] = getattr(self._actor, name)(*arguments)
-            return asyncio.ensure_future(called)
-
-        return SimpleNamespace(remote=remote)
-
-
-class Actor:
-    """One of OpenRLHF's rollout actors, with its own way to run an agent and a vLLM that is told."""
-
-    kind = RolloutRayActor.__ray_metadata__.modified_class
-
-    def __init__(self, executor: GymAgentExecutor) -> None:
-        self.executor = executor
-        self.asked: list[tuple[list[int], SamplingParams]] = []
-
-    async def generate(self, prompt_token_ids: list[int], sampling_params: SamplingParams) -> RequestOutput:
-        self.asked.append((prompt_token_ids, sampling_params))
-        made = CompletionOutput(0, "", [3], None, [{3: Logprob(-0.75)}], finish_reason="length")
-        return RequestOutput("0", None, prompt_token_ids, None, [made], finished=True)
-
-
-class Bench:
-    """A rollout actor in a job with these flags."""
-
-    def __init__(self, folder: Path, flags: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.run_dir = folder / "gym"
-        self.gym_config = folder / "gym.yaml"
-        if not self.gym_config.exists():
-            self.gym_config.write_text("gym: {config_paths: [a.yaml]}\n")
-        self.flags, self.tokenizer = flags, tokenizer
-        self.worker, self.job = Worker(), Told(self.gym_config, self.run_dir)
-
-    def start(self) -> None:
-        self.executor = executor_for(gym_config=str(self.gym_config), run_dir=str(self.run_dir))()
-        self.actor = Actor(cast("GymAgentExecutor", self.executor))
-
-    async def group(
-        self,
-        *outcomes: Outcome,
-        label: str | Mapping[str, Any] = LABEL,
-        prompt: str = PROMPT,
-        images: Any = None,
-        logprobs: int | None = 1,
-    ) -> list[dict[str, Any]]:
+    async def group(self, *outcomes: Outcome, label: Any = LABEL, **more: Any) -> list[dict[str, Any]]:
         """One prompt with a sibling for each outcome: what is told of each."""
         self.worker.outcomes += outcomes
-        params = SamplingParams(temperature=0.5, top_k=-1, max_tokens=6, min_tokens=1, logprobs=logprobs)
-        calling = self.actor.kind.generate_responses(
-            self.actor,
-            prompt=prompt,
-            label=label,
-            sampling_params=params,
-            max_length=MAX_LENGTH,
-            hf_tokenizer=self.tokenizer,
-            num_samples=len(outcomes),
-            images=images,
-        )
-        told: list[dict[str, Any]] = await asyncio.wait_for(calling, 10)
-        return told
+        return await self.respond(label, len(outcomes), prompt=more.pop("prompt", PROMPT), **more)
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -203,19 +90,14 @@ def bench(
     made: list[Bench] = []
 
     def make(*flags: str, start: bool = True) -> Bench:
-        [one] = made[:] = [Bench(tmp_path, flags, tokenizer)]
-        monkeypatch.setattr(module, "command_line", lambda: one.flags)
-        monkeypatch.setattr(module, "RolloutWorker", one.worker.make)
-        monkeypatch.setattr(module, "worker_gateway_of", lambda _: GatewaySettings(host="here"))
-        monkeypatch.setattr(Job, "of", lambda *_: Job(Remote(one.job)))
+        made.append(Bench(tmp_path, flags, tokenizer, Outcomes(), monkeypatch))
         if start:
-            one.start()
-        return one
+            made[-1].start()
+        return made[-1]
 
     yield make
     for one in made:
-        if hasattr(one, "executor"):
-            assert one.executor._siblings._groups == {}
+        assert one.executor is None or one.executor._siblings._groups == {}
 
 
 GRPO = ("--algo.advantage.estimator", "group_norm", "--rollout.n_samples_per_prompt", "4")
@@ -297,7 +179,7 @@ async def test_a_group_that_fails_first_waits_for_one_that_is_scored(bench: Call
 
 async def test_where_everything_fails_the_run_ends(bench: Callable[..., Bench]) -> None:
     actor = bench(*GRPO)
-    with pytest.raises(RolloutError, match="No training rollout could be scored. 3 of 3 .*the door is stuck"):
+    with pytest.raises(RolloutError, match=r"No training rollout could be scored\. 3 of 3 .*the door is stuck"):
         await actor.group(BROKE, BROKE, BROKE)
     assert actor.error.startswith("RolloutError: No training rollout could be scored.")
 
@@ -342,7 +224,7 @@ async def test_where_nothing_was_sampled_one_token_is(bench: Callable[..., Bench
     told = await actor.group(SILENT, SPEECHLESS)
     ids = actor.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
     assert samples(told) == [placeholder(ids, 3, -0.75)] * 2
-    [(prompt, params)] = actor.actor.asked
+    [(prompt, params)] = actor.asked
     assert (prompt, params.max_tokens, params.temperature) == (ids, 1, 0.5)
 
 
@@ -443,7 +325,7 @@ async def test_samples_with_one_object_of_parameters_are_siblings(bench: Callabl
     actor.worker.outcomes += [1.0, BROKE, 3.0, BROKE]
     params, others = SamplingParams(logprobs=1), SamplingParams(logprobs=1)
     calls = [
-        actor.executor.execute(PROMPT, LABEL, one, MAX_LENGTH, actor.tokenizer, actor.actor)
+        actor.executor.execute(PROMPT, LABEL, one, MAX_LENGTH, actor.tokenizer, actor)
         for one in (params, params, others, others)
     ]
     assert of(await asyncio.wait_for(asyncio.gather(*calls), 10), "scores") == [1.0, 1.0, 3.0, 3.0]
@@ -462,7 +344,7 @@ async def test_a_label_is_a_row_as_text_or_not(bench: Callable[..., Bench], labe
 @pytest.mark.parametrize(
     ("label", "said"),
     [
-        ("42 is the answer", r"A label is not a Gym row in JSON \(.*'42 is the answer'.* gymlink prompts openrlhf"),
+        ("42 is the answer", r"A label is not a Gym row in JSON \(.*'42 is the answer'.*`gymlink prompts openrlhf"),
         ("[1, 2]", "A label is not a Gym row in JSON"),
         ("42", "A label is not a Gym row in JSON"),
         (LABEL.replace('"agent"', '"stranger"'), "row 7: .*'stranger'"),

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.gym]
 
 PAUSE_S = 1.0
 STEPS = 3
-FILTER = ("--algo.dynamic_filtering_range", "-1", "9")
+FILTER = ("--algo.dynamic_filtering_range", "0.001", "9")
 BFLOAT16 = 0.05
 """Difference of two probabilities that are the same, computed in bfloat16 by two programs."""
 KL = 1e-3
