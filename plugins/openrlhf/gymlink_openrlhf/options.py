@@ -94,8 +94,8 @@ def read_options(arguments: Sequence[str]) -> Options:
     for name in ("reward.model_name_or_path", "reward.remote_url"):
         if flags[name] is not None:
             raise ConfigError(
-                f"--{name} is {flags[name]!r}, and with an agent OpenRLHF passes over it: the reward is Gym's. Leave it "
-                "out; a judge is a server of the Gym environment."
+                f"--{name} is {flags[name]!r}, and with an agent OpenRLHF passes over it: the reward is Gym's. Leave "
+                "it out; a judge is a server of the Gym environment."
             )
     filtering: tuple[float, float] | None = None
     if flags["algo.dynamic_filtering_enable"]:

@@ -70,8 +70,7 @@ MODES = {
         (
             "--algo.advantage.estimator=rloo",
             "--algo.dynamic_filtering_enable",
-            "--algo.dynamic_filtering_range=-1",
-            "9",
+            *FILTER,
         ),
         [row for number in range(8) for row in (flaky(number, 5), forgetful(number, 2))][: STEPS * PROMPTS],
         "rloo",
