@@ -18,6 +18,6 @@ def gymlink_frameworks() -> Sequence[Framework]:
             summary="TRL's GRPOTrainer, sampling from the trainer's own live model",
             train="gymlink_trl.launch:train",
             demo="gymlink_trl.demo:run",
-            switch="rollout_func=GymRollout(\"gym.yaml\") in your GRPOTrainer",
+            switch='rollout_func=GymRollout("gym.yaml") in your GRPOTrainer',
         )
     ]

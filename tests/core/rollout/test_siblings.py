@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gymlink.types import Rollout, RolloutRequest, RolloutStatus
 from gymlink.rollout import Siblings
+from gymlink.types import Rollout, RolloutRequest, RolloutStatus
 
 REQUEST = RolloutRequest({"agent_ref": {"name": "agent"}}, 0)
 

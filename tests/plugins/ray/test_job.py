@@ -14,10 +14,10 @@ from gymlink.config import GatewaySettings, Settings, parse_settings
 from gymlink.errors import ConfigError, GymError, GymlinkError, GymRequestError, GymStartError, RolloutError
 from gymlink.gateway import GatewayServer
 from gymlink.host import HostedGym
+from gymlink.launch import noted_error
 from gymlink.rollout import Figures
 from gymlink.types import RolloutStatus
 from gymlink_ray.job import JobActor, _check_agents, front_of, plain, worker_gateway_of
-from gymlink.launch import noted_error
 
 HERE = "10.1.2.3"
 NOBODY = "http://127.0.0.1:9"

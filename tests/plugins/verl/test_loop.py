@@ -22,11 +22,10 @@ from gymlink.align import build_segments
 from gymlink.config import GatewaySettings, GymSettings, Settings
 from gymlink.errors import ConfigError, GymlinkError, RolloutError
 from gymlink.host import GymHost, HostedGym
-from gymlink.rollout import Figures, Recorder
+from gymlink.rollout import ALONE, Figures, Recorder
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling, Turn
-from gymlink_verl import loop
 from gymlink_ray.job import Job, JobActor
-from gymlink.rollout import ALONE
+from gymlink_verl import loop
 from gymlink_verl.loop import GymAgentLoop, Station
 from gymlink_verl.options import read_options
 

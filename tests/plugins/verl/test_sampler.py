@@ -18,8 +18,8 @@ from gymlink.config import GymSettings, RolloutSettings, Settings
 from gymlink.errors import ConfigError, GymError, GymlinkError, GymStartError, RolloutError
 from gymlink.rollout import Figures
 from gymlink.types import RolloutStatus
-from gymlink_verl import sampler
 from gymlink_ray.job import Job
+from gymlink_verl import sampler
 from gymlink_verl.sampler import GymReplayBuffer, GymReplayBufferAsync, gym_sampler
 
 # verl 0.9.1 loads a custom sampler by what it has itself marked as deprecated.

@@ -30,4 +30,4 @@ if "MASTER_PORT" in os.environ and "WG_PREFIX" in os.environ:
     _folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     os.environ["DIST_INIT_METHOD"] = (_folder / _meeting).as_uri()  # what verl hands to init_process_group
 
-from verl_on_cpu import device, registry, settings  # noqa: E402, F401 - imported to be registered
+from verl_on_cpu import device, registry, settings  # noqa: F401 - imported to be registered
