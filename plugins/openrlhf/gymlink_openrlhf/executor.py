@@ -19,7 +19,7 @@ from openrlhf.utils.agent import AgentExecutorBase
 
 from gymlink.config import load_settings
 from gymlink.engines import Engine
-from gymlink.errors import ConfigError, GymlinkError
+from gymlink.errors import ConfigError, EngineError, GymlinkError
 from gymlink.gym import parse_row
 from gymlink.host import HostedGym
 from gymlink.launch import note_error
@@ -250,6 +250,8 @@ class Station:
         prompt_ids = list(ids[-room:]) or [self.tokenizer.eos_token_id]
         sampling = replace(sampling_of(sampling_params), max_tokens=1)
         made = await self.engine.generate(prompt_ids, sampling, stop_token_ids=(), rollout_id="placeholder")
+        if not made.token_ids:
+            raise EngineError("vLLM sampled nothing, and OpenRLHF takes no sample without a token.")
         return placeholder(prompt_ids, made.token_ids[0], made.logprobs[0])
 
     async def tell(self, task: Task, rollout: Rollout, settled: Settled) -> None:

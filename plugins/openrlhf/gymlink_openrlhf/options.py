@@ -21,6 +21,7 @@ from gymlink.types import Sampling
 
 GROUP_RELATIVE = frozenset({"group_norm", "dr_grpo", "rloo", "reinforce_baseline"})
 """Estimators whose baseline is the group: a rollout that is alone scored in its group learns nothing there."""
+AGENT_FLAG = "--train.agent_func"
 ONE_SAMPLE = "OpenRLHF takes one sample for each rollout"
 
 
@@ -57,15 +58,22 @@ class Options:
 
 
 def command_line() -> Sequence[str]:
-    """The arguments of the process that started this Ray job; none when Ray does not know them."""
+    """The arguments of the process that started this Ray job.
+
+    Raises:
+        ConfigError: they are not those of OpenRLHF's own program.
+    """
     # Private (Ray 2.55.0, which OpenRLHF 0.11.2 pins): no public name tells it without Ray's dashboard.
     from ray._private.state import jobs
 
     own = ray.get_runtime_context().get_job_id()
-    for job in jobs():
-        if job["JobID"] == own:
-            return split_entrypoint(job["Entrypoint"])
-    return ()
+    line = next((job["Entrypoint"] for job in jobs() if job["JobID"] == own), "")
+    if AGENT_FLAG not in line:
+        raise ConfigError(
+            f"gymlink reads OpenRLHF's flags from the command line of the job, and this one has no {AGENT_FLAG}: "
+            f"{line!r}. Start openrlhf.cli.train_ppo_ray as a program, with its flags."
+        )
+    return split_entrypoint(line)
 
 
 def split_entrypoint(line: str) -> Sequence[str]:

@@ -138,7 +138,7 @@ def test_the_command_line_is_that_of_this_ray_job(monkeypatch: pytest.MonkeyPatc
         def get_job_id(self) -> str:
             return "02000000"
 
-    arguments = [*START, "--ckpt.path", "o'clock", *given_as(joined=False)]
+    arguments = [*START, "--train.agent_func_path", "a b.py", "--ckpt.path", "o'clock", *given_as(joined=False)]
     known = [
         {"JobID": "01000000", "Entrypoint": "python --rollout.batch_size 1"},
         {"JobID": "02000000", "Entrypoint": list2cmdline(arguments)},
@@ -147,7 +147,12 @@ def test_the_command_line_is_that_of_this_ray_job(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("ray._private.state.jobs", lambda: known)
     assert command_line() == arguments
     monkeypatch.setattr("ray._private.state.jobs", lambda: known[:1])
-    assert command_line() == ()
+    with pytest.raises(ConfigError, match=r"no --train.agent_func.*: ''"):
+        command_line()
+    # Started by a program of one's own: all flags would be taken for OpenRLHF's defaults.
+    monkeypatch.setattr("ray._private.state.jobs", lambda: [{**known[1], "Entrypoint": "python mine.py"}])
+    with pytest.raises(ConfigError, match=r"no --train.agent_func.*: 'python mine.py'"):
+        command_line()
 
 
 @pytest.fixture
