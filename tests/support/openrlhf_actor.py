@@ -115,6 +115,7 @@ class Actor:
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.executor: Any = None
         patch.setattr(module, "command_line", lambda: flags)
+        patch.setattr("gymlink.rollout.neutral.GRACE_S", 0.02)
         patch.setattr(module, "RolloutWorker", worker.make)
         patch.setattr(module, "worker_gateway_of", lambda _: GatewaySettings(host="here"))
         patch.setattr(Job, "of", lambda *_: Job(Remote(self.job)))

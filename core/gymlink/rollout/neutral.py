@@ -21,6 +21,9 @@ from gymlink.rollout.figures import Figures, describe_failures, refuse_if_too_ma
 GROUPS_KEPT = 10_000
 JUDGED = 256
 """Failures are judged over this many of the latest rollouts, unless a batch is known to have fewer."""
+GRACE_S = 10.0
+"""Before a run is ended because nothing was scored and nothing is under way, others have this long to begin: the first
+to fail may be faster than another process is to start."""
 
 
 def neutral_rewards(scored: Sequence[float], failed: int) -> list[float]:
@@ -70,7 +73,7 @@ class NeutralRewards:
         In validation it is the mean: there is no spread to keep, and nothing may look better than the best.
 
         Raises:
-            RolloutError: too many of the latest rollouts failed, or all of them.
+            RolloutError: too many of the latest training rollouts failed, or all that were begun.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._groups.get(group, ())) >= siblings)
@@ -93,24 +96,30 @@ class NeutralRewards:
         In training any will do, as soon as there is one.
 
         Raises:
-            RolloutError: too many of the latest rollouts failed, or all of them.
+            RolloutError: too many of the latest training rollouts failed, or all that were begun.
         """
         async with self._changed:
-            await self._changed.wait_for(
-                lambda: not self._in_flight[split] or (split == "train" and bool(self._scored(split)))
-            )
+            await self._changed.wait_for(lambda: self._known(split))
+        while not (everyone := self._scored(split)):
+            await asyncio.sleep(GRACE_S)
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._known(split))
+            if not self._in_flight[split] and not self._scored(split):
+                latest = [figures for _, figures in self._latest[split]]
+                raise RolloutError(f"No {_NAMES[split]} rollout could be scored. {describe_failures(latest)}")
         self.judge(split)
-        everyone = self._scored(split)
         of_agent = [reward for who, reward in everyone if who == agent]
         return fmean(of_agent or [reward for _, reward in everyone])
 
     def judge(self, split: str) -> None:
-        """Raises `RolloutError` when nothing under way can be scored any more, or too many of the latest failed."""
+        """Raises `RolloutError` when too many of the latest training rollouts failed."""
         latest = [figures for _, figures in self._latest[split]]
-        if not self._in_flight[split] and not self._scored(split):
-            raise RolloutError(f"No {_NAMES[split]} rollout could be scored. {describe_failures(latest)}")
         if split == "train" and len(latest) >= min(JUDGED, self.batch):
             refuse_if_too_many_failed(latest, self._allowed)
+
+    def _known(self, split: str) -> bool:
+        """Whether there is no use in waiting for those that are under way."""
+        return not self._in_flight[split] or (split == "train" and bool(self._scored(split)))
 
     def _scored(self, split: str) -> list[tuple[str, float]]:
         """Agent and reward of those among the latest that were scored."""

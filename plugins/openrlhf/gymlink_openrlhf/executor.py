@@ -220,7 +220,7 @@ class Station:
         """
         scored = [rollout for rollout in group.ended if _counts(rollout, task)]
         others = [rollout for rollout in group.ended if not _counts(rollout, task)]
-        if others:
+        if others and scored:
             await self.job.actor.judge.remote(task.split)
         weights = await self._weights(scored, others, task)
         stand_in = None

@@ -15,6 +15,11 @@ SCORED = Figures(RolloutStatus.COMPLETED, reward=1.0)
 FAILED = Figures(RolloutStatus.FAILED, failure="http", detail="the door is stuck")
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gymlink.rollout.neutral.GRACE_S", 0.02)
+
+
 async def soon(waiting: asyncio.Task[float]) -> float:
     return await asyncio.wait_for(waiting, 5)
 
@@ -73,7 +78,7 @@ async def scored_and_failed(neutral: NeutralRewards, split: str, *, scored: list
 
 
 @pytest.mark.parametrize(("split", "said"), [("train", "training"), ("val", "validation")])
-async def test_nothing_scored_is_an_error_that_tells_why(split: str, said: str) -> None:
+async def test_nothing_scored_is_an_error_that_tells_why(split: str, said: str, impatient: None) -> None:
     neutral = NeutralRewards(1.0)
     await scored_and_failed(neutral, split, scored=[])
     with pytest.raises(RolloutError, match=rf"No {said} rollout could be scored. 2 of 2.*http: 2.*the door is stuck"):
@@ -120,7 +125,7 @@ async def test_a_failed_validation_prompt_leaves_the_mean_of_its_own_environment
     assert await neutral.reward("val", "d", 1, "stairs") == 0.625, "of an agent of which all failed: the mean of all"
 
 
-async def test_each_validation_is_judged_by_itself() -> None:
+async def test_each_validation_is_judged_by_itself(impatient: None) -> None:
     neutral = NeutralRewards(0.5)
     neutral.begun("val")
     await neutral.ended("val", "early", SCORED)
@@ -130,7 +135,7 @@ async def test_each_validation_is_judged_by_itself() -> None:
         await neutral.reward("val", "late", 1)
 
 
-async def test_training_and_validation_do_not_mix() -> None:
+async def test_training_and_validation_do_not_mix(impatient: None) -> None:
     neutral = NeutralRewards(0.5)
     await scored_and_failed(neutral, "train", scored=[0.0])
     neutral.begun("val")
@@ -176,3 +181,16 @@ async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await neutral.reward("train", group, 2) == 1.0
     assert list(neutral._groups) == ["b", "c", "d"]
     assert list(neutral._given) == ["b", "c", "d"]
+
+
+async def test_others_that_begin_a_little_later_are_waited_for(impatient: None) -> None:
+    """The first prompt may fail, whole, before another process has begun its own."""
+    neutral = NeutralRewards(1.0)
+    await scored_and_failed(neutral, "train", scored=[])
+    waiting = asyncio.create_task(neutral.reward("train", "bad", 2))
+    await turns_of_the_loop()
+    neutral.begun("train")
+    await asyncio.sleep(0.05)
+    assert not waiting.done(), "it is under way"
+    await neutral.ended("train", "good", SCORED)
+    assert await soon(waiting) == 1.0

@@ -173,6 +173,7 @@ def bench(
 
         monkeypatch.setattr(Station, "of", of)
         monkeypatch.setattr(Job, "of", lambda *_: made.station.job)
+        monkeypatch.setattr("gymlink.rollout.neutral.GRACE_S", 0.02)
         return made
 
     yield make
