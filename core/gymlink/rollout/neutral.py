@@ -21,7 +21,7 @@ from gymlink.rollout.figures import Figures, describe_failures, refuse_if_too_ma
 GROUPS_KEPT = 10_000
 JUDGED = 256
 """Failures are judged over this many of the latest rollouts, unless a batch is known to have fewer."""
-GRACE_S = 10.0
+GRACE_S = 2.0
 """Before a run is ended because nothing was scored and nothing is under way, others have this long to begin: the first
 to fail may be faster than another process is to start."""
 
@@ -48,13 +48,17 @@ class NeutralRewards:
         """How many rollouts the trainer takes at a time."""
         self._groups: OrderedDict[str, list[Figures]] = OrderedDict()
         self._given: dict[str, list[float]] = {}
-        self._latest: dict[str, deque[tuple[str, Figures]]] = {split: deque(maxlen=JUDGED) for split in _NAMES}
+        self._latest: dict[str, deque[tuple[str, Figures]]] = {"train": deque(maxlen=JUDGED), "val": deque()}
         self._in_flight = {"train": 0, "val": 0}
+        self._validated = False
+        """Whether the validation in `_latest` is over: something was trained on after it."""
         self._changed = asyncio.Condition()
 
     def begun(self, split: str) -> None:
-        if split == "val" and not self._in_flight[split]:
+        """A rollout begins. A validation may come in parts: it is one until training goes on."""
+        if split == "val" and self._validated:
             self._latest[split].clear()
+        self._validated = split == "train"
         self._in_flight[split] += 1
 
     async def ended(self, split: str, group: str, figures: Figures, agent: str = "") -> None:
@@ -89,27 +93,31 @@ class NeutralRewards:
         given = self._given[group]
         return given.pop() if given else fmean(scored)
 
-    async def elsewhere(self, split: str, agent: str = "") -> float:
+    async def elsewhere(self, split: str, agent: str = "", *, or_in_training: bool = False) -> float:
         """The reward for a rollout in whose group none was scored: the mean of the latest ones, of its agent if any.
 
-        A validation's mean is over all prompts of an agent, so that one is neutral there once all of them have ended.
-        In training any will do, as soon as there is one.
+        A validation's mean is over all prompts of an agent, so that one is neutral there once those under way have
+        ended. In training any will do, as soon as there is one. With `or_in_training`, a validation in which nothing
+        of an agent was scored takes the mean of its training rollouts.
 
         Raises:
             RolloutError: too many of the latest training rollouts failed, or all that were begun.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self._known(split))
-        while not (everyone := self._scored(split)):
+        splits = dict.fromkeys([split, "train"] if or_in_training else [split])
+        if not any(map(self._scored, splits)):
             await asyncio.sleep(GRACE_S)
             async with self._changed:
                 await self._changed.wait_for(lambda: self._known(split))
-            if not self._in_flight[split] and not self._scored(split):
+            if not any(map(self._scored, splits)):
                 latest = [figures for _, figures in self._latest[split]]
                 raise RolloutError(f"No {_NAMES[split]} rollout could be scored. {describe_failures(latest)}")
         self.judge(split)
-        of_agent = [reward for who, reward in everyone if who == agent]
-        return fmean(of_agent or [reward for _, reward in everyone])
+        scored = [self._scored(one) for one in splits]
+        of_agent = [[reward for who, reward in those if who == agent] for those in scored]
+        of_all = [[reward for _, reward in those] for those in scored]
+        return fmean(next(rewards for rewards in (*of_agent, *of_all) if rewards))
 
     def judge(self, split: str) -> None:
         """Raises `RolloutError` when too many of the latest training rollouts failed."""

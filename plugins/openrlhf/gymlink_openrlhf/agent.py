@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gymlink.config import load_settings
+from gymlink_openrlhf.options import one_branch
 
 AGENT_FILE = "agent.py"
 """In the run's folder."""
@@ -28,8 +29,6 @@ def write_agent(gym_config: Path, run_dir: Path) -> Path:
     Raises:
         ConfigError: `gym_config` cannot be read or cannot work with OpenRLHF. Nothing was written.
     """
-    from gymlink_openrlhf.options import one_branch
-
     one_branch(load_settings(gym_config))
     run_dir = run_dir.expanduser().absolute()
     run_dir.mkdir(parents=True, exist_ok=True)

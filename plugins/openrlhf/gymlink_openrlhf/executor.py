@@ -93,8 +93,9 @@ class GymAgentExecutor(AgentExecutorBase):  # type: ignore[misc]
                 if images:
                     raise ConfigError("A prompt came with images, and rollouts from Gym hold text only.")
                 task = self._task(label)
+                number = await self._job.actor.begun.remote(task.split)
                 station = await self._at_station(hf_tokenizer, llm_engine, max_length)
-                rollout = await station.collect(task, group.name, sampling_params)
+                rollout = await station.collect(task, number, group.name, sampling_params)
             finally:
                 self._siblings.leave(key, rollout)
             await group.complete.wait()
@@ -201,10 +202,9 @@ class Station:
         worker.join(gym, owner=await job.actor.enlist.remote(url), secret=gym.secret)
         return cls(job, options, tokenizer, engine, worker, await job.actor.recorder.remote(), tuple(gym.agents))
 
-    async def collect(self, task: Task, group: str, sampling_params: Any) -> Rollout:
-        """One rollout; the job is told that it has begun, and how it ended."""
+    async def collect(self, task: Task, number: int, group: str, sampling_params: Any) -> Rollout:
+        """One rollout, the one of this number in its split; the job is told how it ended."""
         row = parse_row(task.row, f"row {task.index}", self.agents)
-        number = await self.job.actor.begun.remote(task.split)
         rollout = await self.worker.rollout(
             RolloutRequest(row, task.index, group=group), sampling=sampling_of(sampling_params)
         )

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from gymlink.config import Settings
 from gymlink.errors import ConfigError
 from gymlink.types import Sampling
@@ -63,6 +61,8 @@ def command_line() -> Sequence[str]:
     Raises:
         ConfigError: they are not those of OpenRLHF's own program.
     """
+    import ray
+
     # Private (Ray 2.55.0, which OpenRLHF 0.11.2 pins): no public name tells it without Ray's dashboard.
     from ray._private.state import jobs
 
@@ -90,7 +90,7 @@ def read_options(arguments: Sequence[str]) -> Options:
         ConfigError: a flag asks for something that cannot work with rollouts from Gym.
     """
     try:
-        given, _ = _parser().parse_known_args([one for one in arguments if one])
+        given, _ = _parser().parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise ConfigError(f"OpenRLHF's command line: {error}.") from error
     flags: dict[str, Any] = vars(given)
@@ -100,7 +100,7 @@ def read_options(arguments: Sequence[str]) -> Options:
             "only. Leave it out."
         )
     for name in ("reward.model_name_or_path", "reward.remote_url"):
-        if flags[name] is not None:
+        if flags[name]:
             raise ConfigError(
                 f"--{name} is {flags[name]!r}, and with an agent OpenRLHF passes over it: the reward is Gym's. Leave "
                 "it out; a judge is a server of the Gym environment."

@@ -23,6 +23,7 @@ from gymlink.launch import standard_output
 from gymlink.report import Reporter
 from gymlink_openrlhf.agent import AGENT_FILE, write_agent
 from gymlink_openrlhf.launch import run_openrlhf
+from gymlink_openrlhf.options import one_branch, read_options
 from gymlink_openrlhf.prompts import INPUT_KEY, LABEL_KEY, check_path, write_prompts
 
 OWN = ("gym_config", "train_file", "eval_file", "model_name_or_path", "output_dir")
@@ -84,7 +85,7 @@ def train(config: Path, arguments: Sequence[str]) -> None:
     """Train as the run file `config` says; `arguments` are flags of OpenRLHF and take precedence.
 
     Raises:
-        ConfigError: the run file, or something that it names, cannot work; nothing was started or written.
+        ConfigError: the run file, or something that it names, cannot work; nothing was started.
         GymlinkError: Gym did not start, too many rollouts failed, or OpenRLHF ended with an error.
     """
     values = runfile.resolve_paths(runfile.read_run_file(config), config.resolve().parent)
@@ -162,10 +163,12 @@ def check(run: Run) -> None:
             f"There are {rows} rows to train on, and --rollout.batch_size is {flags['rollout.batch_size']}: OpenRLHF "
             "would train on less than a batch. Lower it, or give more rows."
         )
+    settings = one_branch(load_settings(run.gym_config))
     reporter = Reporter(Console(stderr=True))
     reporter("loading the tokenizer")
     try:
-        _check_tokenizer(flags["actor.model_name_or_path"], run)
+        read_options(run.arguments)
+        _check_tokenizer(flags["actor.model_name_or_path"], settings.alignment.format)
     finally:
         reporter.done()
 
@@ -180,15 +183,11 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
     return vars(parser.parse_known_args(list(arguments))[0])
 
 
-def _check_tokenizer(model: str, run: Run) -> None:
+def _check_tokenizer(model: str, chat_format: str | None) -> None:
     from transformers import AutoTokenizer
 
-    from gymlink_openrlhf.options import one_branch, read_options
-
-    settings = one_branch(load_settings(run.gym_config))
-    read_options(run.arguments)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)  # as OpenRLHF does
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot load the tokenizer of {model!r}: {str(error).strip().splitlines()[0]}") from error
-    load_format(cast("Tokenizer", tokenizer), name=settings.alignment.format)
+    load_format(cast("Tokenizer", tokenizer), name=chat_format)

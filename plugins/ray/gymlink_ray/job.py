@@ -151,10 +151,10 @@ class JobActor:
             self._neutral.judge(split)
 
     async def reward_elsewhere(self, split: str, agent: str) -> float:
-        """See `NeutralRewards.elsewhere`."""
+        """See `NeutralRewards.elsewhere`; a validation ends the job only when nothing at all was ever scored."""
         with self._noting():
             self._host.check()
-            return await self._neutral.elsewhere(split, agent)
+            return await self._neutral.elsewhere(split, agent, or_in_training=True)
 
     @contextmanager
     def _noting(self) -> Iterator[None]:

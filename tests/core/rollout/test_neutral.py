@@ -129,6 +129,8 @@ async def test_each_validation_is_judged_by_itself(impatient: None) -> None:
     neutral = NeutralRewards(0.5)
     neutral.begun("val")
     await neutral.ended("val", "early", SCORED)
+    neutral.begun("train")
+    await neutral.ended("train", "a", SCORED)
     neutral.begun("val")
     await neutral.ended("val", "late", FAILED)
     with pytest.raises(RolloutError, match="1 of 1 rollouts failed"):
@@ -194,3 +196,27 @@ async def test_others_that_begin_a_little_later_are_waited_for(impatient: None) 
     assert not waiting.done(), "it is under way"
     await neutral.ended("train", "good", SCORED)
     assert await soon(waiting) == 1.0
+
+
+async def test_a_validation_in_parts_is_one() -> None:
+    """A trainer may run its prompts some at a time, and wait for those: the last one may be alone."""
+    neutral = NeutralRewards(0.5)
+    neutral.begun("val")
+    await neutral.ended("val", "early", Figures(RolloutStatus.COMPLETED, reward=0.25), "keypad")
+    neutral.begun("val")
+    await neutral.ended("val", "late", FAILED, "keypad")
+    assert await neutral.reward("val", "late", 1, "keypad") == 0.25
+
+
+async def test_a_validation_without_a_score_may_take_what_training_had() -> None:
+    neutral = NeutralRewards(0.5)
+    for agent, reward in (("keypad", 0.25), ("door", 1.0)):
+        neutral.begun("train")
+        await neutral.ended("train", agent, Figures(RolloutStatus.COMPLETED, reward=reward), agent)
+    neutral.begun("val")
+    await neutral.ended("val", "v", FAILED, "keypad")
+    assert await neutral.elsewhere("val", "keypad", or_in_training=True) == 0.25
+    neutral.begun("val")
+    await neutral.ended("val", "w", Figures(RolloutStatus.COMPLETED, reward=0.5), "door")
+    assert await neutral.elsewhere("val", "keypad", or_in_training=True) == 0.25, "of its own agent"
+    assert await neutral.elsewhere("val", "door", or_in_training=True) == 0.5

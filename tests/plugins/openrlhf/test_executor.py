@@ -282,9 +282,17 @@ async def test_a_prompt_that_failed_whole_gets_the_mean_of_its_evaluation(bench:
     assert of(none, "reward") == of(none, "scores") == pytest.approx([0.15]), "no training reward in it"
 
 
-async def test_an_evaluation_without_a_score_ends_the_run(bench: Callable[..., Bench]) -> None:
+async def test_an_evaluation_without_a_score_takes_what_training_had(bench: Callable[..., Bench]) -> None:
+    """OpenRLHF evaluates some prompts at a time, and one that fails may be the only one."""
     actor = bench(*GRPO)
     await actor.group(1.0)
+    assert of(await actor.group(BROKE, BROKE, label=EVALUATION), "reward") == [1.0, 1.0]
+    await actor.group(0.25, label=EVALUATION)
+    assert of(await actor.group(BROKE, label=EVALUATION), "reward") == [0.25], "of the same evaluation"
+
+
+async def test_an_evaluation_before_anything_was_scored_ends_the_run(bench: Callable[..., Bench]) -> None:
+    actor = bench(*GRPO)
     with pytest.raises(RolloutError, match="No validation rollout could be scored"):
         await actor.group(BROKE, BROKE, label=EVALUATION)
 
