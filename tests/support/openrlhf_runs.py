@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from processes import json_lines, run_program
+from processes import GymRun, run_program
 
 ON_CPU = Path(__file__).parents[1] / "openrlhf_on_cpu"
 LOG = "openrlhf.log"
@@ -48,29 +48,8 @@ class TrainedRow:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run that has ended. `left` names the processes that were still there some time later."""
-
-    folder: Path
-    status: int
-    seconds: float
-    left: tuple[str, ...]
-
-    @cached_property
-    def said(self) -> str:
-        return (self.folder / LOG).read_text(errors="replace")
-
-    @cached_property
-    def error(self) -> str | None:
-        """Why gymlink stopped the run."""
-        path = self.folder / "gym" / "error.txt"
-        return path.read_text() if path.exists() else None
-
-    @cached_property
-    def rollouts(self) -> list[dict[str, Any]]:
-        """What was collected, evaluation too, in the order in which it ended."""
-        path = self.folder / "gym" / "rollouts.jsonl"
-        return json_lines(path) if path.exists() else []
+class Run(GymRun):
+    """A run that has ended, and what reached its loss."""
 
     @cached_property
     def rows(self) -> list[TrainedRow]:
@@ -109,7 +88,7 @@ def train(
     arguments = ["-m", "openrlhf.cli.train_ppo_ray", *_flags(folder, model, agent, prompts), *flags]
     ended = run_program(arguments, folder, folder / LOG, env={**own, **(env or {})}, timeout_s=TIMEOUT_S)
     print(f"\n{folder}: status {ended.status} after {ended.seconds:.0f} s; {' '.join(flags)}")
-    return Run(folder, ended.status, ended.seconds, ended.left)
+    return Run(folder, LOG, ended)
 
 
 def _flags(folder: Path, model: Path, agent: Path, prompts: Path) -> list[str]:

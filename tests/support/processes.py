@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,37 @@ def _name(process: psutil.Process) -> str:
 def json_lines(path: Path) -> list[dict[str, Any]]:
     with path.open() as lines:  # str.splitlines would also split at characters that JSON leaves as they are
         return [json.loads(line) for line in lines]
+
+
+@dataclass(frozen=True)
+class GymRun:
+    """A trainer's run that has ended, in `folder`, with gymlink's part of it in `gym` there."""
+
+    folder: Path
+    log: str
+    ended: Ended
+
+    @property
+    def status(self) -> int:
+        return self.ended.status
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """The processes that outlasted it."""
+        return self.ended.left
+
+    @cached_property
+    def said(self) -> str:
+        return (self.folder / self.log).read_text(errors="replace")
+
+    @cached_property
+    def error(self) -> str | None:
+        """Why gymlink stopped the run."""
+        path = self.folder / "gym" / "error.txt"
+        return path.read_text() if path.exists() else None
+
+    @cached_property
+    def rollouts(self) -> list[dict[str, Any]]:
+        """What was collected, of every split, in the order in which it ended."""
+        path = self.folder / "gym" / "rollouts.jsonl"
+        return json_lines(path) if path.exists() else []

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gym_rows import EXAM, MIXED, Row, write_gym, write_rows
-from processes import json_lines, run_program
+from processes import GymRun, json_lines, run_program
 
 ON_CPU = Path(__file__).parents[1] / "verl_on_cpu"
 LOG = "verl.log"
@@ -54,29 +54,8 @@ class TrainedRow:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run that has ended. `left` names the processes that were still there `PATIENCE_S` later."""
-
-    folder: Path
-    status: int
-    seconds: float
-    left: tuple[str, ...]
-
-    @cached_property
-    def said(self) -> str:
-        return (self.folder / LOG).read_text(errors="replace")
-
-    @cached_property
-    def error(self) -> str | None:
-        """Why gymlink stopped the run."""
-        path = self.folder / "gym" / "error.txt"
-        return path.read_text() if path.exists() else None
-
-    @cached_property
-    def rollouts(self) -> list[dict[str, Any]]:
-        """What was collected, validation too, in the order in which it ended."""
-        path = self.folder / "gym" / "rollouts.jsonl"
-        return json_lines(path) if path.exists() else []
+class Run(GymRun):
+    """A run that has ended, and what reached its loss."""
 
     @cached_property
     def logged(self) -> list[dict[str, Any]]:
@@ -154,7 +133,7 @@ def train(
         timeout_s=TIMEOUT_S,
     )
     print(f"\n{folder}: status {ended.status} after {ended.seconds:.0f} s; {' '.join(overrides)}")
-    return Run(folder, ended.status, ended.seconds, ended.left)
+    return Run(folder, LOG, ended)
 
 
 def _settings(folder: Path, model: Path, rows: Sequence[Row], val_rows: Sequence[Row]) -> list[str]:
