@@ -117,9 +117,14 @@ def test_every_sampled_token_is_trained_once(trained: Trained) -> None:
     assert {len(rollout["segments"]) for rollout in rewritten} == {1 if trained.mode.legacy else 2}
     assert {len(rollout["segments"]) for rollout in scored if not rollout["prefix_breaks"]} == {1}
     for rollout in rollouts:
-        dropped = sum(rollout["tokens_dropped"].values())
-        assert rollout["tokens_sampled"] == rollout["tokens_trained"] + dropped
-        assert dropped == 0 or rollout["status"] == "failed" or (trained.mode.legacy and rollout["prefix_breaks"])
+        dropped = rollout["tokens_dropped"]
+        assert rollout["tokens_sampled"] == rollout["tokens_trained"] + sum(dropped.values())
+        for reason in dropped:
+            assert {
+                "failed": rollout["status"] == "failed",
+                "other_branch": trained.mode.legacy and rollout["prefix_breaks"],
+                "over_length": trained.mode.critic,
+            }[reason]
 
 
 def test_a_failed_rollout_trains_nothing(trained: Trained) -> None:
