@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -115,4 +116,15 @@ def test_openrlhf_learns_the_demos_task_with_exact_tokens(demo: Start) -> None:
     assert summary["reward_last"] >= 0.6
     assert summary["reward_last"] >= 3 * summary["reward_first"]
     assert summary["tokens_dropped"] == 0
+    run.assert_nothing_is_left()
+
+
+@pytest.mark.slow
+@pytest.mark.gym
+def test_a_demo_that_is_killed_while_it_trains_leaves_nothing(demo: Start) -> None:
+    run = demo()
+    run.wait_for("step 1:")
+    assert len(run.alive()) > 15
+    run.process.send_signal(signal.SIGKILL)
+    run.process.wait(60)
     run.assert_nothing_is_left()
