@@ -6,12 +6,15 @@ A line holds all that a plugin may look at, and no more: ids, times and the word
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gymlink.types import ForkCause, Rollout, RolloutRequest, RolloutStatus, Segment, Turn
+from gymlink.types import ForkCause, Rollout, RolloutRequest, RolloutStatus, Sampling, Segment, Turn
 from gymlink_tiny import make_tokenizer
 
 FILE = Path(__file__).with_name("rollouts.jsonl")
@@ -42,6 +45,21 @@ def read_rollouts() -> Groups:
         siblings = groups.setdefault(known["group"], [])
         siblings.append(_rollout(known, index=len(siblings)))
     return {name: tuple(siblings) for name, siblings in groups.items()}
+
+
+class RecordedWorker:
+    """Stands where `gymlink.worker.RolloutWorker` stands: a row gets its group's rollouts, one after the other."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._asked: Counter[str] = Counter()
+
+    async def rollout(self, request: RolloutRequest, *, sampling: Sampling) -> Rollout:
+        group = request.row["responses_create_params"]["input"]
+        index = self._asked[group]
+        self._asked[group] += 1
+        await asyncio.sleep(0.002 * (SIBLINGS - index))  # the first to begin ends last
+        return replace(self._groups[group][index], request=request)
 
 
 def to_lines(groups: Groups) -> str:

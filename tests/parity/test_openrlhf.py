@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,18 @@ import pytest
 from openrlhf.trainer.ppo_utils.experience import Experience, remove_padding_in_sequences, split_experience_batch
 
 from expected_rows import QUANTITIES, Row, assert_same, expected_rows
-from gymlink.types import Rollout, RolloutRequest, Sampling
+from gymlink.types import Rollout
 from openrlhf_actor import Actor, Worker
 from openrlhf_steps import arguments, with_advantages
-from recorded_rollouts import FORKED, SIBLINGS, UNCOMPARABLE, read_rollouts, recorded_tokenizer, row_of
+from recorded_rollouts import (
+    FORKED,
+    SIBLINGS,
+    UNCOMPARABLE,
+    RecordedWorker,
+    read_rollouts,
+    recorded_tokenizer,
+    row_of,
+)
 
 EPSILON = 1e-9
 """What OpenRLHF adds to the standard deviation."""
@@ -38,19 +45,12 @@ PLACEHOLDER = 1
 """Tokens to train that a sample has which stands for a rollout without any."""
 
 
-class Recorded(Worker):
-    """A row gets its group's rollouts, one after the other."""
+class Recorded(RecordedWorker, Worker):
+    """What the executor calls of a worker, with the recorded rollouts."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.asked: Counter[str] = Counter()
-
-    async def rollout(self, request: RolloutRequest, *, sampling: Sampling) -> Rollout:
-        group = request.row["responses_create_params"]["input"]
-        index = self.asked[group]
-        self.asked[group] += 1
-        await asyncio.sleep(0.002 * (SIBLINGS - index))  # the first to begin ends last
-        return replace(GROUPS[group][index], request=request)
+        Worker.__init__(self)
+        RecordedWorker.__init__(self, GROUPS)
 
 
 class Batch:

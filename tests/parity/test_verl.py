@@ -11,7 +11,6 @@ import asyncio
 import json
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from recorded_rollouts import (
     RESPONSE_LIMIT,
     SIBLINGS,
     UNCOMPARABLE,
+    RecordedWorker,
     read_rollouts,
     recorded_tokenizer,
     row_of,
@@ -47,7 +47,6 @@ with warnings.catch_warnings():
 from gymlink.config import GatewaySettings, GymSettings, Settings
 from gymlink.host import HostedGym
 from gymlink.rollout import Figures, Recorder
-from gymlink.types import Rollout, RolloutRequest, Sampling
 from gymlink_ray.job import Job, JobActor
 from gymlink_tiny import make_model
 from gymlink_verl.dataset import GymDataset
@@ -63,20 +62,6 @@ V1_GROUPS = [name for name in GROUPS if name not in UNCOMPARABLE]
 LEGACY_GROUPS = [name for name in GROUPS if name != FORKED]
 """The legacy trainer takes one row for a rollout, so the plugin asks for the final branch alone."""
 GYM = HostedGym("http://nowhere", "secret", {"agent": "http://nowhere/agent"}, "0.4.0")
-
-
-class RecordedWorker:
-    """Stands where `gymlink.worker.RolloutWorker` stands: a row gets its group's rollouts, one after the other."""
-
-    def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
-
-    async def rollout(self, request: RolloutRequest, *, sampling: Sampling) -> Rollout:
-        group = request.row["responses_create_params"]["input"]
-        index = self.asked[group]
-        self.asked[group] += 1
-        await asyncio.sleep(0.002 * (SIBLINGS - index))  # the first to begin ends last
-        return replace(GROUPS[group][index], request=request)
 
 
 class Told(JobActor):
@@ -128,7 +113,7 @@ class Process:
         )
         self.actor = Told(folder / "gym")
         self.options = read_options(self.config, self.end)
-        worker = cast("Any", RecordedWorker())
+        worker = cast("Any", RecordedWorker(GROUPS))
         self.station = Station(
             worker, GYM, Job(Here(self.actor)), self.options, Recorder(folder / "gym" / "rollouts.jsonl")
         )

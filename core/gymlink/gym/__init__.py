@@ -6,7 +6,7 @@ Gym never shares an interpreter with the trainer, and gymlink never imports it.
 from gymlink.gym.client import Addresses, GymClient
 from gymlink.gym.install import GymEnvironment, cache_folder, prepare_gym
 from gymlink.gym.interpreter import Interpreter, find_interpreter
-from gymlink.gym.rows import check_rows, parse_row, read_rows, readable_messages
+from gymlink.gym.rows import agent_of, check_rows, parse_row, read_rows, readable_messages, source_of
 from gymlink.gym.servers import GymServers, Server, attach_gym, start_gym
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "GymServers",
     "Interpreter",
     "Server",
+    "agent_of",
     "attach_gym",
     "cache_folder",
     "check_rows",
@@ -24,5 +25,6 @@ __all__ = [
     "prepare_gym",
     "read_rows",
     "readable_messages",
+    "source_of",
     "start_gym",
 ]

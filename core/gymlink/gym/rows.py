@@ -17,6 +17,8 @@ import orjson
 from gymlink.errors import ConfigError
 
 AGENT_TYPE = "responses_api_agents"
+NO_AGENT = "gym"
+"""The source of rows that name no agent."""
 
 
 def read_rows(path: str | Path, *, agents: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -50,7 +52,17 @@ def check_rows(path: str | Path, agents: Sequence[str] | None = None) -> dict[st
 
     Rows that name no agent are counted under "" (only when `agents` is None).
     """
-    return dict(Counter((row.get("agent_ref") or {}).get("name", "") for row in read_rows(path, agents=agents)))
+    return dict(Counter(map(agent_of, read_rows(path, agents=agents))))
+
+
+def agent_of(row: Mapping[str, Any]) -> str:
+    """The agent's name; "" when the row names none, and the only one that runs takes it."""
+    return str((row.get("agent_ref") or {}).get("name", ""))
+
+
+def source_of(row: Mapping[str, Any]) -> str:
+    """What trainers that tell results by their source call that of a row: its agent, or `NO_AGENT`."""
+    return agent_of(row) or NO_AGENT
 
 
 def parse_row(line: bytes, where: str, agents: Sequence[str] | None = None) -> dict[str, Any]:

@@ -75,8 +75,7 @@ def _run_file(request: DemoRequest, folder: Path, *, model: Path, steps: int) ->
     gym_config = request.output / "gym.yaml"
     gym_config.write_text(yaml.safe_dump({"gym": gym}), encoding="utf-8")
     train_file = folder / "train.jsonl"
-    with train_file.open("w", encoding="utf-8") as file:
-        rows = (server / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    with (server / "data" / "train.jsonl").open("rb") as rows, train_file.open("wb") as file:
         file.writelines(islice(cycle(rows), steps * TASK.prompts_a_step))
     batch = TASK.prompts_a_step * TASK.generations
     one_gpu = not request.arguments  # which trainer and vLLM share; otherwise the flags say what there is

@@ -14,14 +14,12 @@ from typing import Any
 import orjson
 
 from gymlink.errors import ConfigError
-from gymlink.gym import read_rows, readable_messages
+from gymlink.gym import read_rows, readable_messages, source_of
 
 INPUT_KEY, LABEL_KEY = "input", "label"
 """What OpenRLHF's `--data.input_key` and `--data.label_key` are."""
 LABEL_FIELD = "gymlink"
 """The key of a label that is not the row's: the number of the row in its file, from 0, and what it is for."""
-NO_AGENT = "gym"
-"""The data source of rows that name no agent."""
 READ_BY_OPENRLHF = ",@"
 """Characters that have a meaning to OpenRLHF in the path of a dataset: several of them, and a folder of one."""
 
@@ -74,7 +72,7 @@ def prompts_of(rows: Path, evaluation: bool) -> Iterator[dict[str, str]]:
             raise ConfigError(
                 f"{rows}: row {index + 1} has a key {LABEL_FIELD!r}, under which gymlink keeps its own. Rename it."
             )
-        source = (row.get("agent_ref") or {}).get("name") or NO_AGENT
+        source = source_of(row)
         label = {**row, LABEL_FIELD: {"index": index, "split": split}}
         yield {
             INPUT_KEY: f"{source}: {_last_text(row)}",

@@ -11,14 +11,10 @@ import ray
 import torch
 from torch.utils.data import Dataset
 
-from gymlink.gym import read_rows, readable_messages
+from gymlink.gym import agent_of, read_rows, readable_messages, source_of
 from gymlink_verl.job import job_of
 
 Split = Literal["train", "val"]
-
-
-NO_AGENT = "gym"
-"""The data source of rows that name no agent."""
 
 
 class GymDataset(Dataset[dict[str, Any]]):
@@ -48,14 +44,14 @@ class GymDataset(Dataset[dict[str, Any]]):
         self._rows = [orjson.dumps(row) for row in rows]
         if config is not None and ray.is_initialized():
             # Gym starts while the trainer loads the model.
-            job_of(config["gymlink"]).expect({_agent_of(row) for row in rows})
+            job_of(config["gymlink"]).expect(set(map(agent_of, rows)))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = orjson.loads(self._rows[index])
-        source = _agent_of(row) or NO_AGENT
+        source = source_of(row)
         return {
             "gym_row": self._rows[index].decode(),
             "gym_split": self.split,
@@ -67,11 +63,6 @@ class GymDataset(Dataset[dict[str, Any]]):
             # The legacy trainer cannot make a batch without a tensor.
             "dummy_tensor": torch.tensor([0], dtype=torch.uint8),
         }
-
-
-def _agent_of(row: Mapping[str, Any]) -> str:
-    """The agent's name; "" when the row names none, and the only one that runs takes it."""
-    return str((row.get("agent_ref") or {}).get("name", ""))
 
 
 _made: set[Split] = set()
