@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any, Final, Literal
 
 from gymlink.align.base import NO_ARGS, ChatFormat
-from gymlink.align.canonical import READ_FIELDS, Canonical, canonical, text_of, tools_digest
+from gymlink.align.canonical import READ_FIELDS, Canonical, canonical, text_of, tool_calls_of, tools_digest
 from gymlink.types import ForkCause, Generation, Message, TokenIds, Tool, Turn
 
 _ROOT: Final = b""
@@ -54,8 +54,10 @@ class _Sampled:
     message: Message
     reasoning: str | None
     tools: bytes
-    length: int
-    """Messages of the history that ends with this turn."""
+    asked: bytes
+    """Key of the history that this turn answered."""
+    digests: frozenset[bytes]
+    """Of the message, in each form in which it may come back."""
 
 
 class RolloutRecord:
@@ -84,15 +86,24 @@ class RolloutRecord:
         return tuple(self._turns)
 
     def plan(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        *,
+        template_args: Mapping[str, Any] = NO_ARGS,
+        required_prefix: Sequence[int] | None = None,
     ) -> PromptPlan:
         """The prompt for `messages`. They are kept: give new ones to a later call, never these changed in place.
+
+        `required_prefix` are ids that the caller wants the prompt to start with. Where they are what one turn held
+        and these messages continue it, that turn is the one to continue, however its own message is worded now.
+        Nothing else changes for them: whether the prompt starts with them is for the caller to see.
 
         Raises:
             AlignmentError: the chat template refuses these messages.
         """
         history = self._latest = _hash(messages, tools, template_args, self._latest)
-        anchor = self._anchor(history)
+        anchor = self._required(history, required_prefix) or self._anchor(history)
         if anchor is None:
             return self._fresh(history, tools, template_args, self._why_no_anchor(history))
         index, length = anchor
@@ -134,7 +145,10 @@ class RolloutRecord:
         index = len(self._turns)
         form = canonical(message)
         self._turns.append(turn)
-        self._sampled.append(_Sampled(message, form.reasoning, history.tools, len(history.messages) + 1))
+        said = _after(history, message, form)
+        self._sampled.append(
+            _Sampled(message, form.reasoning, history.tools, history.key, frozenset(form.digest for form, _ in said))
+        )
         self._longest = max(self._longest, len(history.messages) + (not form.is_silent))
         self._prompts.add(history.key)
         if history.forms:
@@ -142,19 +156,40 @@ class RolloutRecord:
         for position, seen in enumerate(history.forms):
             self._remember_reasoning(history.chain[position + 1], seen.reasoning)
 
-        for key in self._keys_after(history, message, form):
+        for _, key in said:
             self._ending.setdefault(key, []).append(index)
             self._remember_reasoning(key, form.reasoning)
         return turn
 
-    def _keys_after(self, history: _History, message: Message, form: Canonical) -> list[bytes]:
-        """Keys of the histories that mean "this turn was sampled": a prefill may come back joined to what followed."""
-        keys = [_link(history.key, form)]
-        if history.prefilled and history.messages:
-            before = text_of(history.messages[-1].get("content"))
-            joined = canonical({**message, "content": before + text_of(message.get("content"))})
-            keys.append(_link(history.chain[-2], joined))
-        return keys
+    def turn_of(self, message: Message) -> int | None:
+        """Index of the turn whose answer this message is, judged by what it says; None where there is none.
+
+        Of turns that said the same, the one whose tool calls have these ids, else whose reasoning is this, else the
+        latest.
+        """
+        form = canonical(message)
+        calls, said = _call_ids(message), form.digest
+
+        def rank(index: int) -> tuple[bool, bool, int]:
+            sampled = self._sampled[index]
+            return _call_ids(sampled.message) == calls, form.reasoning in (None, sampled.reasoning), index
+
+        same = (index for index, sampled in enumerate(self._sampled) if said in sampled.digests)
+        return max(same, key=rank, default=None)
+
+    def _required(self, history: _History, prefix: Sequence[int] | None) -> tuple[int, int] | None:
+        """(turn, messages up to and with it) of the turn that held exactly these ids, where this history goes on."""
+        if not prefix:
+            return None
+        ids = tuple(prefix)
+        turns = [index for index, turn in enumerate(self._turns) if _held(turn, len(ids)) == ids]
+        for length in range(len(history.messages), 0, -1):
+            ended = self._ending.get(history.chain[length], ())
+            answers = history.forms[length - 1].role == "assistant"
+            for index in reversed(turns):
+                if index in ended or (answers and self._sampled[index].asked == history.chain[length - 1]):
+                    return index, length
+        return None
 
     def _anchor(self, history: _History) -> tuple[int, int] | None:
         """(turn, messages up to and with it) of the deepest sampled message in this history."""
@@ -280,6 +315,26 @@ def _common_length(messages: Sequence[Message], others: Sequence[Message]) -> in
         if any(one.get(name) != other.get(name) for name in READ_FIELDS):
             return length
     return min(len(messages), len(others))
+
+
+def _held(turn: Turn, length: int) -> TokenIds | None:
+    """The turn's prompt and completion, if together they have this length."""
+    fits = len(turn.prompt_ids) + len(turn.completion_ids) == length
+    return turn.prompt_ids + turn.completion_ids if fits else None
+
+
+def _after(history: _History, message: Message, form: Canonical) -> list[tuple[Canonical, bytes]]:
+    """Forms of the message and keys of the histories that mean "this was sampled": a prefill may come back joined."""
+    said = [(form, _link(history.key, form))]
+    if history.prefilled:
+        before = text_of(history.messages[-1].get("content"))
+        joined = canonical({**message, "content": before + text_of(message.get("content"))})
+        said.append((joined, _link(history.chain[-2], joined)))
+    return said
+
+
+def _call_ids(message: Message) -> list[str]:
+    return [str(call.get("id") or "") for call in tool_calls_of(message)]
 
 
 def _link(key: bytes, form: Canonical) -> bytes:

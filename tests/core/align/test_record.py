@@ -294,6 +294,72 @@ def test_a_message_that_changed_since_the_last_call_is_read_anew(qwen: Agent, ch
     assert (plan.parent, plan.cause) == (None, ForkCause.EDITED)
 
 
+# -- what others ask of a record ----------------------------------------------------------------------------------
+
+
+def held(turn: Any) -> tuple[int, ...]:
+    return turn.prompt_ids + turn.completion_ids
+
+
+def test_a_required_prefix_chooses_among_turns_of_equal_text(qwen: Agent) -> None:
+    plans = [qwen.record.plan([U1]), qwen.record.plan([U1])]
+    for plan, ids in zip(plans, ((11, 12), (13,)), strict=True):
+        qwen.record.add(plan, Generation(ids, (0.0,) * len(ids), "length"), {"role": "assistant", "content": "same"})
+    history = [U1, {"role": "assistant", "content": "same"}, U2]
+    for parent in (0, 1):
+        plan = qwen.record.plan(history, required_prefix=list(held(qwen.record.turns[parent])))
+        assert (plan.parent, qwen.added(plan)) == (parent, qwen.added(qwen.record.plan(history)))
+
+
+def test_a_required_prefix_says_what_a_reworded_message_is(agent: Agent) -> None:
+    agent.say([U1], "an answer")
+    first = held(agent.record.turns[0])
+    reworded = {"role": "assistant", "content": "An answer, in other words."}
+    plan = agent.record.plan([U1, reworded, U2], required_prefix=first)
+    assert (plan.parent, plan.cause) == (0, None)
+    assert "other words" not in agent.added(plan)
+
+
+def test_a_required_prefix_makes_no_edited_text_vanish(agent: Agent) -> None:
+    message = agent.say([U1], "an answer")
+    first = held(agent.record.turns[0])
+    edited = [{"role": "user", "content": "changed"}, message, U2]
+    for prefix in (first, first[:-1], (*first, 5), [7], []):
+        plan = agent.record.plan(edited, required_prefix=prefix)
+        assert (plan.parent, plan.cause, plan.prompt_ids) == (None, ForkCause.EDITED, agent.fresh(edited))
+    assert agent.record.plan([U1, message, U2], [PROBE_TOOL], required_prefix=first).cause is ForkCause.TOOLS_CHANGED
+
+
+def test_the_turn_that_a_message_came_from(qwen: Agent) -> None:
+    first = qwen.say([U1], "an answer")
+    assert qwen.record.turn_of({"role": "assistant", "content": "an answer\n"}) == 0
+    assert qwen.record.turn_of({"role": "assistant", "content": "another"}) is None
+    qwen.say([U1, first, U2], "an answer")
+    assert qwen.record.turn_of({"role": "assistant", "content": "an answer"}) == 1  # the latest that said so
+
+
+def test_of_equal_calls_the_turn_with_these_ids(qwen: Agent) -> None:
+    for index in ("a", "b"):
+        call = {"role": "assistant", "content": None, "tool_calls": [probe_call(index, "this")]}
+        qwen.say([U1], "sampled", message=call, tools=[PROBE_TOOL])
+    for index, turn in (("a", 0), ("b", 1), ("made up", 1)):
+        assert qwen.record.turn_of({"role": "assistant", "tool_calls": [probe_call(index, "this")]}) == turn
+
+
+def test_of_equal_answers_the_turn_with_this_reasoning(qwen: Agent) -> None:
+    for reasoning in ("one", "two"):
+        said = {"role": "assistant", "content": "four", "reasoning_content": reasoning}
+        qwen.say([U1], "sampled", message=said)
+    assert qwen.record.turn_of({"role": "assistant", "content": "<think>one</think>four"}) == 0
+    assert qwen.record.turn_of({"role": "assistant", "content": "four"}) == 1
+
+
+def test_a_continued_message_is_found_with_and_without_its_beginning(qwen: Agent) -> None:
+    qwen.say([U1, {"role": "assistant", "content": "Sure, it"}], " is four", continue_final_message=True)
+    for text in ("is four", "Sure, it is four"):
+        assert qwen.record.turn_of({"role": "assistant", "content": text}) == 0
+
+
 # -- reasoning in history -----------------------------------------------------------------------------------------
 
 
