@@ -15,8 +15,9 @@ from gymlink.align import ChatFormat, PromptPlan, RolloutRecord
 from gymlink.engines import Engine
 from gymlink.errors import AlignmentError, ContextOverflowError, EngineError
 from gymlink.gateway.rollouts import OpenRollout, OpenRollouts, RolloutClosedError
+from gymlink.gateway.unclaimed import Unclaimed
 from gymlink.gateway.wire import ChatRequest, TokenizeRequest, WireError, assistant_message, chat_completion
-from gymlink.types import Generation, Sampling, TokenIds
+from gymlink.types import Generation, Sampling, TokenIds, Turn
 
 Connected = Callable[[], Awaitable[bool]]
 
@@ -27,8 +28,10 @@ class Totals:
 
     requests: int = 0
     sampled_tokens: int = 0
+    unattributed_calls: int = 0
+    """Requests that named no rollout."""
     unattributed_tokens: int = 0
-    """Sampled for requests that named no rollout."""
+    """Sampled for requests that named no rollout, and claimed by none since."""
     abandoned_tokens: int = 0
     """Sampled for rollouts that had ended by the time the engine was done."""
 
@@ -47,6 +50,7 @@ class PolicyService:
         sampling: the trainer's, for rollouts that are opened without their own; a request can only lower `max_tokens`.
         reasoning: whether earlier reasoning stays in the prompt ("keep") or leaves with a fork ("drop").
         model: the name under which the policy is listed.
+        claims: whether calls that name no rollout are remembered, so that `claim` finds them.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class PolicyService:
         *,
         reasoning: Literal["keep", "drop"] = "keep",
         model: str = "policy",
+        claims: bool = False,
     ) -> None:
         self.chat_format = chat_format
         self.engine = engine
@@ -65,6 +70,7 @@ class PolicyService:
         self.model = model
         self.rollouts = OpenRollouts()
         self.totals = Totals()
+        self._unclaimed = Unclaimed() if claims else None
 
     def open(self, rollout_id: str, *, sampling: Sampling | None = None) -> OpenRollout:
         """From now on, requests that name this rollout are answered, sampled as `sampling` says, and recorded."""
@@ -73,6 +79,17 @@ class PolicyService:
     def close(self, rollout_id: str) -> OpenRollout:
         """No request that names this rollout is answered any more; what it sampled is handed over."""
         return self.rollouts.close(rollout_id)
+
+    def claim(self, rollout: OpenRollout, prompt_ids: TokenIds, completion_ids: TokenIds) -> Turn | None:
+        """The turn with these ids that a call without a rollout's id sampled; it is this rollout's from now on.
+
+        None when there is none: it was never sampled here, is claimed already, or is forgotten.
+        """
+        turn = self._unclaimed.claim(prompt_ids, completion_ids) if self._unclaimed is not None else None
+        if turn is not None:
+            self.totals.unattributed_tokens -= len(completion_ids)
+            rollout.sampled_tokens += len(completion_ids)
+        return turn
 
     def _new(self, rollout_id: str, sampling: Sampling | None = None) -> OpenRollout:
         record = RolloutRecord(rollout_id, self.chat_format, reasoning=self.reasoning)
@@ -118,6 +135,7 @@ class PolicyService:
         """
         rollout = self._find(request.rollout) or self._new("unattributed")
         self.totals.requests += 1
+        self.totals.unattributed_calls += request.rollout is None
         tools = request.usable_tools
         plan = self._plan(rollout.record, request, tools)
         generation = await self._generate(rollout, request, plan)
@@ -135,6 +153,8 @@ class PolicyService:
         )
         message = assistant_message(parsed, turn_key=uuid.uuid4().hex[:12])
         turn = rollout.record.add(plan, generation, message)
+        if request.rollout is None and self._unclaimed is not None:
+            self._unclaimed.add(turn)
         return chat_completion(request, turn, message, model=self.model)
 
     async def _generate(self, rollout: OpenRollout, request: ChatRequest, plan: PromptPlan) -> Generation:
