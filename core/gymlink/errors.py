@@ -7,7 +7,8 @@
     │   └── GymRequestError      a request to a running server failed
     ├── AlignmentError           messages and token ids cannot be brought together
     ├── EngineError              the policy did not generate
-    │   └── ContextOverflowError the prompt leaves no room for a token
+    │   ├── ContextOverflowError the prompt leaves no room for a token
+    │   └── EngineDownError      it cannot be reached or has died: another replica may answer
     ├── RolloutError             a batch cannot be used
     └── PluginError              a trainer, or its plugin, cannot be used as asked
 
@@ -72,6 +73,10 @@ class ContextOverflowError(EngineError):
         )
         self.prompt_tokens = prompt_tokens
         self.max_context = max_context
+
+
+class EngineDownError(EngineError):
+    """The engine cannot be reached, has died, or does not answer: the same call may succeed on another replica."""
 
 
 class RolloutError(GymlinkError):

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gymlink.errors import ContextOverflowError, EngineError
+from gymlink.errors import ContextOverflowError, EngineDownError, EngineError
 from gymlink.types import FinishReason, Generation, Sampling, TokenIds
 
 Script = Callable[[TokenIds], Sequence[int]]
@@ -31,7 +31,8 @@ class ScriptedEngine:
     """An `Engine` that follows a script.
 
     The logprob of an id is `-(id % 97 + 1) / 97`: the same id always has the same one, so a test can recompute it.
-    `latency_s` is slept before each answer. `weight_version` may be set by the test at any time.
+    `latency_s` is slept before each answer. `weight_version` may be set by the test at any time; `loaded` keeps the
+    folders that it was to load, with their versions. It is a `ServedEngine` too: `down` says that it cannot be reached.
     """
 
     script: Script
@@ -40,12 +41,15 @@ class ScriptedEngine:
     weight_version: int = 0
     calls: list[Call] = field(default_factory=list)
     closed: bool = False
+    loaded: list[tuple[str, int]] = field(default_factory=list)
+    down: bool = False
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], rollout_id: str
     ) -> Generation:
         if self.closed:
             raise EngineError("The scripted engine is closed.")
+        self._reach()
         prompt = tuple(prompt_ids)
         room = None if self.max_context is None else self.max_context - len(prompt)
         if room is not None and room < 1:
@@ -54,8 +58,31 @@ class ScriptedEngine:
         version = self.weight_version
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
+            self._reach()
         token_ids, finish_reason = self._cut(tuple(self.script(prompt)), sampling.max_tokens, room, stop_token_ids)
-        return Generation(token_ids, tuple(map(scripted_logprob, token_ids)), finish_reason, version)
+        return Generation(
+            token_ids,
+            tuple(map(scripted_logprob, token_ids)),
+            finish_reason,
+            self.weight_version,
+            oldest_weight_version=version if version != self.weight_version else None,
+        )
+
+    async def load_weights(self, path: str, version: int) -> None:
+        self._reach()
+        self.loaded.append((path, version))
+        self.weight_version = version
+
+    def set_weight_version(self, version: int) -> None:
+        self.weight_version = version
+
+    async def probe(self) -> int:
+        self._reach()
+        return self.weight_version
+
+    def _reach(self) -> None:
+        if self.down:
+            raise EngineDownError("The scripted engine is down.")
 
     @staticmethod
     def _cut(
