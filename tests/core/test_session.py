@@ -12,11 +12,11 @@ from gymlink import worker
 from gymlink.config import parse_settings
 from gymlink.engines import ScriptedEngine
 from gymlink.errors import RolloutError
-from gymlink.gateway.wire import parse_chat_request
 from gymlink.gym import GymServers
 from gymlink.rollout import outcome
 from gymlink.session import Session
 from gymlink.types import Rollout, RolloutRequest, Sampling
+from policy_calls import chat
 
 ROW = {"responses_create_params": {"input": [{"role": "user", "content": "hi"}]}, "agent_ref": {"name": "agent"}}
 REQUESTS = [RolloutRequest(ROW, index) for index in range(2)]
@@ -38,11 +38,7 @@ def session(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         async def run(self, agent: str, row: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any]:
             params = row["responses_create_params"]
             body = {"messages": params["input"], **orjson.loads(params["metadata"]["extra_body"])}
-
-            async def connected() -> bool:
-                return True
-
-            await made.service.chat(parse_chat_request(orjson.dumps(body)), connected)
+            await chat(made.service, body)
             return {"reward": 1.0, "response": {"output": []}}
 
         async def close(self) -> None: ...

@@ -20,9 +20,9 @@ from gymlink.config import AlignmentSettings, RolloutSettings
 from gymlink.engines import ScriptedEngine
 from gymlink.errors import GymRequestError
 from gymlink.gateway import PolicyService
-from gymlink.gateway.wire import parse_chat_request
 from gymlink.rollout import Collector
 from gymlink.types import Generation, Rollout, RolloutRequest, Sampling
+from policy_calls import chat
 from recorded_rollouts import FILE, FINAL_BRANCH, FORKED, Groups, recorded_tokenizer, row_of, to_lines
 
 TEMPLATE = """\
@@ -141,9 +141,7 @@ class Stage:
             case "says" | "is_cut" | "is_silent":
                 self.line, self.ends = text, kind != "is_silent"
                 limit = {"max_tokens": 2} if kind == "is_cut" else {}
-                request = parse_chat_request(orjson.dumps({**body, **limit, "messages": messages}))
-                answer = await self.policy.chat(request, _is_read)
-                messages.append(answer["choices"][0]["message"])
+                messages.append(await chat(self.policy, {**body, **limit, "messages": messages}))
             case "tool":
                 [call] = messages[-1]["tool_calls"]
                 messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
@@ -156,10 +154,6 @@ class Stage:
                 messages.append({"role": "user", "content": text})
             case _:
                 raise GymRequestError(text, kind="http", status=500)
-
-
-async def _is_read() -> bool:
-    return True
 
 
 class Counting(ScriptedEngine):

@@ -1,58 +1,112 @@
-"""The gateway over HTTP: OpenAI-compatible chat completions, models, tokenize and health.
+"""The gateway over HTTP: chat completions, Responses, Anthropic's Messages, models, tokenize and health.
 
-Every call but `/health` needs the run's secret as a bearer token. A failure is always an OpenAI-shaped error and
-never a traceback. A rollout that another process of the same job owns is passed on to it (see `Router`).
+Every call but `/health` needs the run's secret, or the key of the rollout that it is for. A failure is always an
+OpenAI-shaped error and never a traceback. A rollout that another process of the same job owns is passed on to it (see
+`Router`). An answer is complete before the first event of a stream is sent, so an error always has its own status.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from gymlink.gateway.http import application, guarded, read_body
-from gymlink.gateway.router import Router
+from gymlink.gateway.anthropic import MessagesRequest
+from gymlink.gateway.call import Asked
+from gymlink.gateway.chat import ChatRequest, TokenizeRequest
+from gymlink.gateway.http import application
+from gymlink.gateway.responses import ResponsesRequest
+from gymlink.gateway.router import Here, Router
 from gymlink.gateway.service import PolicyService
-from gymlink.gateway.wire import json_response, parse_chat_request, parse_tokenize_request
+from gymlink.gateway.wire import event_stream, json_response
+
+DIALECTS: Mapping[str, Callable[[Mapping[str, Any]], Asked]] = {
+    "/v1/chat/completions": ChatRequest.read,
+    "/v1/responses": ResponsesRequest.read,
+    "/v1/messages": MessagesRequest.read,
+}
+"""How a call of the policy is read, by its path."""
+
+MODELS = "/v1/models"
+TOKENIZE = ("/tokenize", "/v1/tokenize")
+COUNT = "/v1/messages/count_tokens"
+POLICY_PATHS = (*DIALECTS, *TOKENIZE, COUNT)
+"""Where a policy's calls are posted."""
+
+Body = Mapping[str, Any]
 
 
-def create_app(service: PolicyService, secret: str, router: Router | None = None) -> ASGIApp:
-    """The ASGI application. `secret` is what `Authorization: Bearer ...` must carry."""
-    router = router or Router()
+def create_app(
+    service: PolicyService, secret: str, router: Router | None = None, extra_routes: Sequence[Route] = ()
+) -> ASGIApp:
+    """The ASGI application.
 
-    async def chat_completions(request: Request) -> Response:
-        body = await read_body(request)
-        chat = parse_chat_request(body)
-        if (peer := router.peer_of(chat.rollout)) is not None:
-            return await router.forward(peer + request.url.path, request, body, secret)
+    Args:
+        service: answers.
+        secret: what opens everything, as `Authorization: Bearer ...` or `x-api-key: ...`.
+        router: knows the other processes of the job, if there are some.
+        extra_routes: further routes, which only the secret opens.
+    """
+    router, here = router or Router(), _Here(service)
+    answers: dict[str, Here] = {path: here.speaks(read) for path, read in DIALECTS.items()}
+    answers |= dict.fromkeys(TOKENIZE, here.tokenize)
+    answers[COUNT] = here.count_tokens
+    policy = [route for path, answer in answers.items() for route in router.routes(path, answer, secret)]
+    policy += router.routes(MODELS, here.models, secret, "GET")
+    return application(policy, secret, [Route("/health", here.health, methods=["GET"]), *extra_routes])
 
-        async def connected() -> bool:
-            return not await request.is_disconnected()
 
-        return json_response(await service.chat(chat, connected))
+class _Here:
+    """Answers calls with a service of this process."""
 
-    async def tokenize(request: Request) -> Response:
-        body = await read_body(request)
-        asked = parse_tokenize_request(body)
-        if (peer := router.peer_of(asked.rollout)) is not None:
-            return await router.forward(peer + request.url.path, request, body, secret)
-        token_ids = service.tokenize(asked)
-        answer = {"count": len(token_ids), "max_model_len": service.engine.max_context, "tokens": token_ids}
-        return json_response(answer)
+    def __init__(self, service: PolicyService) -> None:
+        self._service = service
 
-    async def models(_: Request) -> Response:
-        card = {"id": service.model, "object": "model", "owned_by": "gymlink", "created": 0}
-        return json_response({"object": "list", "data": [{**card, "max_model_len": service.engine.max_context}]})
+    def speaks(self, read: Callable[[Body], Asked]) -> Here:
+        """Answers in the dialect whose requests are read so."""
 
-    async def health(_: Request) -> Response:
-        return json_response({"status": "ok", "open_rollouts": len(service.rollouts)})
+        async def answer(request: Request, body: Body, rollout: str | None) -> Response:
+            async def connected() -> bool:
+                return not await request.is_disconnected()
 
-    routes = [
-        Route("/health", health, methods=["GET"]),
-        Route("/v1/models", models, methods=["GET"]),
-        Route("/v1/chat/completions", guarded(chat_completions), methods=["POST"]),
-        Route("/tokenize", guarded(tokenize), methods=["POST"]),
-        Route("/v1/tokenize", guarded(tokenize), methods=["POST"]),
-    ]
-    return application(routes, secret)
+            asked = read(body)
+            answered = await self._service.ask(asked, rollout, connected)
+            return event_stream(asked.events(answered)) if asked.stream else json_response(asked.body(answered))
+
+        return answer
+
+    async def tokenize(self, _: Request, body: Body, rollout: str | None) -> Response:
+        token_ids = self._service.prompt_ids(TokenizeRequest.read(body).call(), rollout)
+        max_context = self._service.engine.max_context
+        return json_response({"count": len(token_ids), "max_model_len": max_context, "tokens": token_ids})
+
+    async def count_tokens(self, _: Request, body: Body, rollout: str | None) -> Response:
+        call = MessagesRequest.read(body).call(self._service.threads(rollout))
+        return json_response({"input_tokens": len(self._service.prompt_ids(call, rollout))})
+
+    async def models(self, _: Request, _body: Body, _rollout: str | None) -> Response:
+        name = self._service.model
+        ends = {"first_id": name, "last_id": name, "has_more": False}
+        return json_response({"object": "list", "data": [_card(self._service)], **ends})
+
+    async def health(self, _: Request) -> Response:
+        service = self._service
+        return json_response({"status": "ok", "open_rollouts": len(service.rollouts), "paused": service.paused})
+
+
+def _card(service: PolicyService) -> dict[str, Any]:
+    """The policy in a list of models, as OpenAI, vLLM and Anthropic write it."""
+    return {
+        "id": service.model,
+        "object": "model",
+        "owned_by": "gymlink",
+        "created": 0,
+        "max_model_len": service.engine.max_context,
+        "type": "model",
+        "display_name": service.model,
+        "created_at": "1970-01-01T00:00:00Z",
+    }

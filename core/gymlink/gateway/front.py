@@ -8,6 +8,7 @@ one address and one secret, on whatever node it runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote
 
 from starlette.requests import Request
@@ -15,27 +16,24 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from gymlink.gateway.app import MODELS, POLICY_PATHS
 from gymlink.gateway.http import application, guarded, read_body
 from gymlink.gateway.router import Router
-from gymlink.gateway.wire import WireError, json_response, rollout_named_in
+from gymlink.gateway.wire import WireError, json_response
 
 
 def create_front(secret: str, router: Router, agents: Mapping[str, str]) -> ASGIApp:
     """The ASGI application.
 
     Args:
-        secret: what `Authorization: Bearer ...` must carry, here and at the workers.
+        secret: what opens everything, here and at the workers.
         router: knows the workers; they may come and go while this serves.
         agents: base URL of each of Gym's agents, by name; may be filled while this serves.
     """
 
-    async def policy(request: Request) -> Response:
-        body = await read_body(request)
-        rollout = rollout_named_in(body)
-        if (worker := router.peer_of(rollout)) is None:
-            message = f"No worker of this job owns the rollout {rollout!r}."
-            raise WireError(404, message, kind="not_found_error", param="rollout")
-        return await router.forward(worker + request.url.path, request, body, secret)
+    async def nobodys(_request: Request, _body: Mapping[str, Any], rollout: str | None) -> Response:
+        message = f"No worker of this job owns the rollout {rollout!r}."
+        raise WireError(404, message, kind="not_found_error", param="rollout")
 
     async def run(request: Request) -> Response:
         name = request.path_params["agent"]
@@ -47,15 +45,12 @@ def create_front(secret: str, router: Router, agents: Mapping[str, str]) -> ASGI
     async def health(_: Request) -> Response:
         return json_response({"status": "ok", "workers": len(router.peers), "agents": sorted(agents)})
 
-    policy_paths = ("/v1/chat/completions", "/tokenize", "/v1/tokenize")
-    return application(
-        [
-            Route("/health", health, methods=["GET"]),
-            Route("/agents/{agent:path}/run", guarded(run), methods=["POST"]),
-            *(Route(path, guarded(policy), methods=["POST"]) for path in policy_paths),
-        ],
-        secret,
-    )
+    policy = [route for path in POLICY_PATHS for route in router.routes(path, nobodys, secret)]
+    others = [
+        Route("/health", health, methods=["GET"]),
+        Route("/agents/{agent:path}/run", guarded(run), methods=["POST"]),
+    ]
+    return application([*policy, *router.routes(MODELS, nobodys, secret, "GET")], secret, others)
 
 
 def agent_url(front: str, agent: str) -> str:

@@ -1,10 +1,15 @@
-"""What the gateway's HTTP applications share: the run's secret, bounded bodies, errors that are never tracebacks."""
+"""What the gateway's HTTP applications share: who may call what, bounded bodies, errors that are never tracebacks.
+
+The run's secret opens everything. A rollout's key opens an application in which nothing but calls of the policy exists,
+so a route of another kind cannot be reached with it by mistake.
+"""
 
 from __future__ import annotations
 
-import hmac
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,37 +18,70 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gymlink.gateway.wire import WireError, error_response
+from gymlink.gateway.recognise import Secret
+from gymlink.gateway.wire import INVALID, WireError, error_response, hung_up
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 256 * 1024 * 1024
 """A request of 128k tokens over 50 turns with ids on every message is about 24 MB."""
 
-CLIENT_CLOSED_REQUEST = 499
-
 Handler = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 
 
-def application(routes: list[Route], secret: str) -> ASGIApp:
-    """An ASGI application for these routes, in which every call but `/health` must carry the secret."""
-    return NeedsSecret(Starlette(routes=routes, exception_handlers={HTTPException: http_error}), secret)
+def application(policy: Sequence[Route], secret: str, others: Sequence[Route] = ()) -> ASGIApp:
+    """An ASGI application in which every call but `/health` must carry a key.
+
+    Args:
+        policy: the routes of the policy's calls, which a rollout's key opens too.
+        secret: the run's, which opens all.
+        others: what only the secret opens.
+    """
+    handlers = {HTTPException: _http_error}
+    everything = Starlette(routes=[*policy, *others], exception_handlers=handlers)
+    return _Door(Secret(secret), everything, Starlette(routes=[*policy], exception_handlers=handlers))
+
+
+def policy_routes(path: str, handler: Handler, method: str = "POST") -> list[Route]:
+    """The route of a call of the policy: at `path`, and at the same path of each rollout."""
+    guarded_handler = guarded(handler)
+    return [Route(where, guarded_handler, methods=[method]) for where in (path, "/rollout/{rollout}" + path)]
 
 
 async def read_body(request: Request) -> bytes:
     """Raises `WireError` 413 for more than `MAX_BODY_BYTES`."""
     _refuse_beyond_limit(int(request.headers.get("content-length") or 0))
-    body = bytearray()
+    chunks, size = [], 0
     async for chunk in request.stream():  # a body may come without a length
-        body += chunk
-        _refuse_beyond_limit(len(body))
-    return bytes(body)
+        chunks.append(chunk)
+        size += len(chunk)
+        _refuse_beyond_limit(size)
+    return b"".join(chunks)
 
 
 def _refuse_beyond_limit(size: int) -> None:
     if size > MAX_BODY_BYTES:
         message = f"The request body has {size} bytes or more; at most {MAX_BODY_BYTES} are read."
-        raise WireError(413, message, kind="invalid_request_error")
+        raise WireError(413, message, kind=INVALID)
+
+
+async def until_hang_up(request: Request, work: Awaitable[T]) -> T:
+    """What `work` gives, unless the client of `request`, whose body was read, hangs up: that cancels it.
+
+    Raises:
+        WireError: 499 when the client hung up.
+    """
+    working = asyncio.ensure_future(work)
+    hang_up = asyncio.ensure_future(request.receive())  # after the body, the only message left is http.disconnect
+    try:
+        await asyncio.wait({working, hang_up}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise hung_up()
+    finally:
+        working.cancel()
+        hang_up.cancel()
 
 
 def guarded(handler: Handler) -> Handler:
@@ -53,37 +91,43 @@ def guarded(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except WireError as error:
-            return error_response(error.status, str(error), kind=error.kind, param=error.param)
+            failure = error
         except ClientDisconnect:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            failure = hung_up()
         except Exception as error:
-            logger.exception("gateway: unexpected failure on %s", request.url.path)
+            logger.exception("gateway: unexpected failure on %s", request.scope["path"])
             message = f"The gateway failed: {type(error).__name__}: {error}. Its log has the details."
-            return error_response(500, message, kind="internal_error")
+            failure = WireError(500, message, kind="internal_error")
+        return error_response(failure, request.scope["path"])
 
     return answer
 
 
-async def http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     detail = error.detail if isinstance(error, HTTPException) else str(error)
-    return error_response(status, f"{detail}. This gateway answers /v1/chat/completions.", kind="not_found_error")
+    message = (
+        f"{detail}: {request.method} {request.scope['path']}. Calls of the policy are POST /v1/chat/completions, "
+        "/v1/responses or /v1/messages, also below /rollout/<id>."
+    )
+    return error_response(WireError(status, message, kind="not_found_error"), request.scope["path"])
 
 
-class NeedsSecret:
+class _Door:
     """Middleware, as plain ASGI so that it costs nothing per token."""
 
-    def __init__(self, app: ASGIApp, secret: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {secret}".encode()
+    def __init__(self, secret: Secret, everything: ASGIApp, policy: ASGIApp) -> None:
+        self._secret, self._everything, self._policy = secret, everything, policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health" and not self._carries_secret(scope):
-            message = "The run's secret is missing or wrong: send it as 'Authorization: Bearer <policy_api_key>'."
-            await error_response(401, message, kind="authentication_error")(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _carries_secret(self, scope: Scope) -> bool:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return hmac.compare_digest(given, self._expected)
+        if scope["type"] != "http" or scope["path"] == "/health" or self._secret.admits(scope):
+            await self._everything(scope, receive, send)
+        elif self._secret.admits_rollout(scope):
+            await self._policy(scope, receive, send)
+        else:
+            message = (
+                "The key is missing or wrong: send the run's secret, or a rollout's key, as 'Authorization: Bearer "
+                "<policy_api_key>' or as 'x-api-key'."
+            )
+            refusal = WireError(401, message, kind="authentication_error")
+            await error_response(refusal, scope["path"])(scope, receive, send)

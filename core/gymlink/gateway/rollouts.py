@@ -7,13 +7,13 @@ another task can see. Nothing is added to a rollout that was closed.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 from gymlink.align import RolloutRecord
+from gymlink.gateway.call import Thread
 from gymlink.types import Generation, Sampling
 
 
@@ -30,10 +30,14 @@ class OpenRollout:
     engine_error: str | None = None
     overflowed: bool = False
     closed: bool = False
+    stranger: bool = False
+    """Whether it is only the memory of a conversation that named no rollout."""
+    threads: dict[str, Thread] = field(default_factory=dict)
+    """Conversations that a call may go on with, by the key of their last answer."""
     _calls: set[asyncio.Task[Generation]] = field(default_factory=set)
 
     async def sample(self, generating: Coroutine[Any, Any, Generation]) -> Generation:
-        """Await the engine for this rollout, and take the time.
+        """Await the engine for this rollout.
 
         Raises:
             RolloutClosedError: the rollout was closed and the generation cancelled. A generation that had just ended
@@ -41,7 +45,6 @@ class OpenRollout:
         """
         call = asyncio.create_task(generating)
         self._calls.add(call)
-        started = time.perf_counter()
         try:
             return await call
         except asyncio.CancelledError:
@@ -51,7 +54,6 @@ class OpenRollout:
             raise
         finally:
             self._calls.discard(call)
-            self.seconds_in_model += time.perf_counter() - started
 
     def close(self) -> None:
         """Cancel what is in flight."""

@@ -6,18 +6,27 @@ It alone turns messages into ids and ids into messages, and it holds the truth o
 from __future__ import annotations
 
 import dataclasses
-import uuid
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from gymlink.align import ChatFormat, PromptPlan, RolloutRecord
 from gymlink.engines import Engine
 from gymlink.errors import AlignmentError, ContextOverflowError, EngineError
+from gymlink.gateway.call import Answer, Asked, Call, Thread, assistant_message, new_key
+from gymlink.gateway.pause import Gate
+from gymlink.gateway.recognise import not_open
 from gymlink.gateway.rollouts import OpenRollout, OpenRollouts, RolloutClosedError
+from gymlink.gateway.strangers import Strangers
 from gymlink.gateway.unclaimed import Unclaimed
-from gymlink.gateway.wire import ChatRequest, TokenizeRequest, WireError, assistant_message, chat_completion
+from gymlink.gateway.wire import WireError, hung_up, invalid
 from gymlink.types import Generation, Sampling, TokenIds, Turn
+
+POLICY = "policy"
+"""The name under which the policy is listed, when no other is given."""
+
+HOLD_S = 30.0
 
 Connected = Callable[[], Awaitable[bool]]
 
@@ -42,7 +51,7 @@ class Totals:
 
 
 class PolicyService:
-    """Answers chat completions for open rollouts. Used from one event loop.
+    """Answers calls of the policy. Used from one event loop.
 
     Args:
         chat_format: how messages and ids correspond for this tokenizer.
@@ -51,6 +60,7 @@ class PolicyService:
         reasoning: whether earlier reasoning stays in the prompt ("keep") or leaves with a fork ("drop").
         model: the name under which the policy is listed.
         claims: whether calls that name no rollout are remembered, so that `claim` finds them.
+        hold_s: how long a call waits while the policy is paused, before it is answered 429.
     """
 
     def __init__(
@@ -60,8 +70,9 @@ class PolicyService:
         sampling: Sampling,
         *,
         reasoning: Literal["keep", "drop"] = "keep",
-        model: str = "policy",
+        model: str = POLICY,
         claims: bool = False,
+        hold_s: float = HOLD_S,
     ) -> None:
         self.chat_format = chat_format
         self.engine = engine
@@ -70,7 +81,9 @@ class PolicyService:
         self.model = model
         self.rollouts = OpenRollouts()
         self.totals = Totals()
+        self._strangers = Strangers(lambda name: self._new(name, stranger=True))
         self._unclaimed = Unclaimed() if claims else None
+        self._gate = Gate(hold_s)
 
     def open(self, rollout_id: str, *, sampling: Sampling | None = None) -> OpenRollout:
         """From now on, requests that name this rollout are answered, sampled as `sampling` says, and recorded."""
@@ -91,83 +104,103 @@ class PolicyService:
             rollout.sampled_tokens += len(completion_ids)
         return turn
 
-    def _new(self, rollout_id: str, sampling: Sampling | None = None) -> OpenRollout:
+    @property
+    def paused(self) -> bool:
+        """Whether no generation may begin."""
+        return self._gate.closed
+
+    @property
+    def in_flight(self) -> int:
+        """Generations that have begun and not ended."""
+        return self._gate.inside
+
+    def pause(self) -> None:
+        """Let no generation begin: calls are held, for `hold_s` at most. Those in flight end normally."""
+        self._gate.close()
+
+    async def drain(self, timeout_s: float) -> int:
+        """Wait until no generation is in flight; how many are, when `timeout_s` has passed."""
+        return await self._gate.drain(timeout_s)
+
+    def resume(self, weight_version: int | None = None) -> None:
+        """Let generations begin again. An engine that counts versions by what it is told gets the new one."""
+        if weight_version is not None and (tell := getattr(self.engine, "set_weight_version", None)) is not None:
+            tell(weight_version)
+        self._gate.open()
+
+    def _new(self, rollout_id: str, sampling: Sampling | None = None, *, stranger: bool = False) -> OpenRollout:
         record = RolloutRecord(rollout_id, self.chat_format, reasoning=self.reasoning)
-        return OpenRollout(record, sampling or self.sampling)
+        return OpenRollout(record, sampling or self.sampling, stranger=stranger)
 
-    def _find(self, rollout_id: str | None) -> OpenRollout | None:
-        if rollout_id is None:
-            return None
-        rollout = self.rollouts.find(rollout_id)
-        if rollout is None:
-            raise _not_open(rollout_id)
-        return rollout
-
-    def tokenize(self, request: TokenizeRequest) -> TokenIds:
-        """The prompt that a chat completion with these messages would sample from now."""
-        rollout = self._find(request.rollout) or self._new("tokenize")
-        return self._plan(rollout.record, request, request.tools or []).prompt_ids
-
-    def _plan(
-        self, record: RolloutRecord, request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]]
-    ) -> PromptPlan:
-        if tools and not self.chat_format.writes_tools:
-            raise WireError(
-                400,
-                "The request has tools, and this tokenizer's chat template shows none to the policy. Use a model whose "
-                "template writes tools, or an environment without them.",
-                kind="invalid_request_error",
-                param="tools",
-            )
-        try:
-            return record.plan(request.messages, tools, template_args=request.template_args)
-        except AlignmentError as error:
-            raise WireError(400, str(error), kind="invalid_request_error", param="messages") from error
-
-    async def chat(self, request: ChatRequest, connected: Connected) -> dict[str, Any]:
-        """Sample one assistant message; the body of the answer.
-
-        A request without a rollout is answered on its own and not recorded.
+    def threads(self, rollout_id: str | None) -> Mapping[str, Thread]:
+        """The answers of a rollout that a call may go on from, by key; none without a rollout.
 
         Raises:
-            WireError: 400 for messages that cannot be rendered and for a context overflow (with the words that Gym
-                looks for), 404 for a rollout that is not open, 500 when the engine fails.
+            WireError: 404 for a rollout that is not open.
         """
-        rollout = self._find(request.rollout) or self._new("unattributed")
+        return {} if rollout_id is None else self._find(rollout_id).threads
+
+    def _find(self, rollout_id: str) -> OpenRollout:
+        rollout = self.rollouts.find(rollout_id)
+        if rollout is None:
+            raise not_open(rollout_id)
+        return rollout
+
+    def _owner(self, call: Call, rollout_id: str | None) -> OpenRollout:
+        return self._strangers.find(call.messages) if rollout_id is None else self._find(rollout_id)
+
+    def prompt_ids(self, call: Call, rollout_id: str | None) -> TokenIds:
+        """The prompt that this call would sample from now. Raises `WireError` as `ask`."""
+        return self._plan(self._owner(call, rollout_id).record, call).prompt_ids
+
+    async def ask(self, asked: Asked, rollout_id: str | None, connected: Connected) -> Answer:
+        """Sample one assistant message. Without a rollout it is remembered for its conversation, and trained by nobody.
+
+        Raises:
+            WireError: 400 for a call that cannot be answered, and for a context overflow (with the words that Gym
+                looks for), 404 for a rollout that is not open, 429 when the policy stays paused, 500 when the engine
+                fails.
+        """
+        call = asked.call(self.threads(rollout_id))
+        rollout = self._owner(call, rollout_id)
         self.totals.requests += 1
-        self.totals.unattributed_calls += request.rollout is None
-        tools = request.usable_tools
-        plan = self._plan(rollout.record, request, tools)
-        generation = await self._generate(rollout, request, plan)
+        self.totals.unattributed_calls += rollout.stranger
+        plan = self._plan(rollout.record, call)
+        generation = await self._generate(rollout, call, plan, connected)
         heard = await connected()
         # From here to the new turn nothing is awaited: the counts of a rollout agree whenever another task looks.
-        self._count(generation, rollout, request)
+        self._count(generation, rollout)
         if rollout.closed:
-            raise _not_open(request.rollout)
+            raise not_open(rollout_id)
         if not heard:
             # Nobody read this answer, so no later turn can build on it: a client that tries again samples anew.
             rollout.undelivered["undelivered"] += len(generation.token_ids)
-            raise WireError(499, "The client closed the connection before the answer was ready.", kind="disconnected")
-        parsed = self.chat_format.parse(
-            plan.prompt_ids, generation.token_ids, tools, template_args=request.template_args
-        )
-        message = assistant_message(parsed, turn_key=uuid.uuid4().hex[:12])
-        turn = rollout.record.add(plan, generation, message)
-        if request.rollout is None and self._unclaimed is not None:
-            self._unclaimed.add(turn)
-        return chat_completion(request, turn, message, model=self.model)
+            raise hung_up()
+        return self._answer(rollout, call, plan, generation)
 
-    async def _generate(self, rollout: OpenRollout, request: ChatRequest, plan: PromptPlan) -> Generation:
-        generating = self.engine.generate(
-            plan.prompt_ids,
-            _limited(rollout.sampling, request.token_limit),
-            stop_token_ids=self.chat_format.stop_token_ids,
-            rollout_id=request.rollout or uuid.uuid4().hex,
-        )
+    def _plan(self, record: RolloutRecord, call: Call) -> PromptPlan:
+        if call.tools and not self.chat_format.writes_tools:
+            raise invalid(
+                "The request has tools, and this tokenizer's chat template shows none to the policy. Use a model whose "
+                "template writes tools, or an environment without them.",
+                "tools",
+            )
         try:
-            return await rollout.sample(generating)
+            plan = record.plan(
+                call.messages, call.tools, template_args=call.template_args, required_prefix=call.required_prefix
+            )
+        except AlignmentError as error:
+            raise invalid(str(error), "messages") from error
+        except RecursionError as error:
+            raise invalid("The request is nested too deeply to be rendered.", "messages") from error
+        _check_prefix(plan.prompt_ids, call.required_prefix)
+        return plan
+
+    async def _generate(self, rollout: OpenRollout, call: Call, plan: PromptPlan, connected: Connected) -> Generation:
+        try:
+            return await rollout.sample(self._sampled(rollout, call, plan, connected))
         except RolloutClosedError as error:
-            raise _not_open(request.rollout) from error
+            raise not_open(rollout.record.rollout_id) from error
         except ContextOverflowError as error:
             rollout.overflowed = True
             raise WireError(400, str(error), kind="context_length_exceeded", param="messages") from error
@@ -175,10 +208,42 @@ class PolicyService:
             rollout.engine_error = str(error)
             raise WireError(500, str(error), kind="engine_error") from error
 
-    def _count(self, generation: Generation, rollout: OpenRollout, request: ChatRequest) -> None:
+    async def _sampled(self, rollout: OpenRollout, call: Call, plan: PromptPlan, connected: Connected) -> Generation:
+        """What the engine samples, once the gate is open."""
+        held = await self._gate.enter()
+        started = time.perf_counter()
+        try:
+            if held and not await connected():
+                raise hung_up()
+            return await self.engine.generate(
+                plan.prompt_ids,
+                _limited(rollout.sampling, call.token_limit),
+                stop_token_ids=self.chat_format.stop_token_ids,
+                rollout_id=rollout.record.rollout_id,
+            )
+        finally:
+            self._gate.leave()
+            rollout.seconds_in_model += time.perf_counter() - started
+
+    def _answer(self, rollout: OpenRollout, call: Call, plan: PromptPlan, generation: Generation) -> Answer:
+        key = new_key()
+        parsed = self.chat_format.parse(
+            plan.prompt_ids, generation.token_ids, call.tools, template_args=call.template_args
+        )
+        message = assistant_message(parsed, key)
+        turn = rollout.record.add(plan, generation, message)
+        if rollout.stranger:
+            self._strangers.grew(rollout, turn)
+            if self._unclaimed is not None:
+                self._unclaimed.add(turn)
+        elif call.thread is not None:
+            rollout.threads[key] = (*call.thread, message)
+        return Answer.of(turn, parsed, message, key=key, model=self.model)
+
+    def _count(self, generation: Generation, rollout: OpenRollout) -> None:
         sampled = len(generation.token_ids)
         self.totals.sampled_tokens += sampled
-        if request.rollout is None:
+        if rollout.stranger:
             self.totals.unattributed_tokens += sampled
         elif rollout.closed:
             self.totals.abandoned_tokens += sampled
@@ -191,6 +256,16 @@ def _limited(sampling: Sampling, limit: int | None) -> Sampling:
     return dataclasses.replace(sampling, max_tokens=min(limits, default=None))
 
 
-def _not_open(rollout_id: str | None) -> WireError:
-    message = f"The rollout {rollout_id!r} is not open: it has ended, or its deadline has passed."
-    return WireError(404, message, kind="not_found_error", param="rollout")
+def _check_prefix(prompt_ids: TokenIds, required: TokenIds) -> None:
+    """Whoever asks for a prefix builds on it: a prompt that does not start with it is refused, never sampled from."""
+    if prompt_ids[: len(required)] == required:
+        return
+    pairs = enumerate(zip(required, prompt_ids, strict=False))
+    where = next((at for at, (wanted, got) in pairs if wanted != got), min(len(required), len(prompt_ids)))
+    got = f"the id {prompt_ids[where]}" if where < len(prompt_ids) else "nothing more"
+    raise invalid(
+        f"The prompt of these messages does not start with required_prefix_token_ids ({len(required)} ids): at "
+        f"position {where} it has {got}, where {required[where]} is required. Send the ids of a turn whose messages "
+        "these continue, or none.",
+        "required_prefix_token_ids",
+    )

@@ -30,14 +30,14 @@ class Unclaimed:
     def add(self, turn: Turn) -> None:
         """Remember a turn. Its prompt is not kept: whoever claims the turn has to know it."""
         key = _key(turn.prompt_ids, turn.completion_ids)
-        self._turns.setdefault(key, deque()).append(dataclasses.replace(turn, prompt_ids=(), parent=None))
+        self._turns.setdefault(key, deque()).append(dataclasses.replace(turn, prompt_ids=(), parent=None, cause=None))
         self._turns.move_to_end(key)
         self._tokens += len(turn.completion_ids)
         while self._tokens > self._max_tokens:
             self._take(next(iter(self._turns)))
 
     def claim(self, prompt_ids: TokenIds, completion_ids: TokenIds) -> Turn | None:
-        """The turn that has these ids, which is forgotten with this. Its parent is for the claimant to tell."""
+        """The turn with these ids, which is forgotten with this. Its parent and cause are the claimant's to tell."""
         key = _key(prompt_ids, completion_ids)
         return dataclasses.replace(self._take(key), prompt_ids=prompt_ids) if key in self._turns else None
 

@@ -1,24 +1,17 @@
-"""The OpenAI wire format: what a request may ask, and how answers and errors look.
+"""What every dialect of the gateway shares on the wire: bodies read, fields refused by name, errors, events.
 
 Every field of a request is in one of three places: honoured, pinned by the trainer, or harmless. Any other is
 refused by name, because a field that is ignored silently changes what is trained.
-Source of the shapes: the OpenAI chat-completions reference, and vLLM's additions as NeMo Gym uses them
-(responses_api_models/vllm_model/app.py).
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import Response
-
-from gymlink.align import Parsed
-from gymlink.types import Message, Turn
 
 ROLLOUT_FIELD = "gymlink_rollout"
 """Body field that names the rollout; Gym copies it there from a row's `metadata.extra_body`."""
@@ -29,12 +22,7 @@ ID_FIELDS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
 PINNED = frozenset({"temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty"})
 """How to sample is the trainer's to say: an agent's own values would bias the importance ratios."""
 
-HARMLESS = frozenset(
-    {"metadata", "parallel_tool_calls", "store", "user", "service_tier", "top_logprobs", "stream_options"}
-    | {"add_generation_prompt", "return_token_ids", "reasoning_effort", "prompt_cache_key", "safety_identifier"}
-)
-"""Without effect on what is sampled here."""
-
+INVALID = "invalid_request_error"
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -42,171 +30,129 @@ Model = TypeVar("Model", bound=BaseModel)
 class WireError(Exception):
     """A request that cannot be answered, as the OpenAI error it becomes."""
 
-    def __init__(self, status: int, message: str, *, kind: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, kind: str, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
         self.param = param
+        self.retry_after_s = retry_after_s
 
 
-class _Request(BaseModel):
+def invalid(message: str, param: str | None = None) -> WireError:
+    """The error for a request that is wrong in itself."""
+    return WireError(400, message, kind=INVALID, param=param)
+
+
+def hung_up() -> WireError:
+    """The error for a client that no longer listens."""
+    return WireError(499, "The client closed the connection before the answer was ready.", kind="disconnected")
+
+
+class Request(BaseModel):
+    """The base of every dialect's requests: a declared field is honoured, and refuses values that cannot be."""
+
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    rollout: str | None = Field(None, alias="gymlink_rollout")
-    model: str | None = None
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    continue_final_message: bool = False
+    harmless: ClassVar[frozenset[str]] = frozenset()
+    """Fields without effect on what is sampled here."""
 
-    @property
-    def template_args(self) -> Mapping[str, Any]:
-        """What the chat template is called with, beside messages and tools."""
-        extra = {"continue_final_message": True} if self.continue_final_message else {}
-        return {**(self.chat_template_kwargs or {}), **extra}
-
-
-class TokenizeRequest(_Request):
-    """vLLM's `/tokenize`, for messages."""
-
-
-class ChatRequest(_Request):
-    """A chat completion, as far as this gateway honours it."""
-
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
-    return_tokens_as_token_ids: bool = False
-    tool_choice: Any = None
-    n: Literal[1] | None = None
-    stream: Literal[False] | None = None
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def usable_tools(self) -> list[dict[str, Any]]:
-        """The tools to show to the policy: none when the request forbids calling any."""
-        return [] if self.tool_choice == "none" else self.tools or []
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Self:
+        """Raises `WireError` 400 naming what is wrong, or which field is not supported."""
+        request = checked(cls, body)
+        for name, value in (request.model_extra or {}).items():
+            if (
+                value not in (None, [], {})
+                and name not in PINNED
+                and name not in cls.harmless
+                and name != ROLLOUT_FIELD
+            ):
+                raise invalid(f"The request field {name!r} is not supported by this gateway; leave it out.", name)
+        return request
 
 
-def parse_chat_request(body: bytes) -> ChatRequest:
-    """Raises `WireError` 400 naming what is wrong, or which field is not supported."""
-    request = _parse(ChatRequest, body)
-    unknown = [
-        name
-        for name, value in (request.model_extra or {}).items()
-        if value not in (None, [], {}) and name not in PINNED and name not in HARMLESS
-    ]
-    if unknown:
-        raise WireError(
-            400,
-            f"The request field {unknown[0]!r} is not supported by this gateway; leave it out.",
-            kind="invalid_request_error",
-            param=unknown[0],
-        )
-    if request.tool_choice not in (None, "auto", "none"):
-        raise WireError(
-            400,
-            f"tool_choice {request.tool_choice!r} is not supported: use 'auto' or 'none'. Forcing a call would sample "
-            "from another distribution than the one that is trained.",
-            kind="invalid_request_error",
-            param="tool_choice",
-        )
-    return request
-
-
-def parse_tokenize_request(body: bytes) -> TokenizeRequest:
-    """Raises `WireError` 400."""
-    return _parse(TokenizeRequest, body)
-
-
-def rollout_named_in(body: bytes) -> str | None:
-    """The rollout that a request of the policy names; nothing else of it is judged. Raises `WireError` 400."""
+def decode(body: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object that a request's body holds. Raises `WireError` 400."""
     try:
-        request = orjson.loads(body)
+        value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise WireError(400, f"The request body is not JSON: {error}.", kind="invalid_request_error") from error
-    name = request.get(ROLLOUT_FIELD) if isinstance(request, dict) else None
-    return name if isinstance(name, str) else None
+        raise invalid(f"The request body is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise invalid(f"The request body is {type(value).__name__}; a JSON object is needed.")
+    return value
 
 
-def _parse(model: type[Model], body: bytes) -> Model:
+def checked(model: type[Model], value: Mapping[str, Any]) -> Model:
+    """Raises `WireError` 400 naming the first thing that is wrong."""
     try:
-        return model.model_validate(orjson.loads(body))
-    except orjson.JSONDecodeError as error:
-        raise WireError(400, f"The request body is not JSON: {error}.", kind="invalid_request_error") from error
+        return model.model_validate(value)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        problem = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in problem["loc"]) or None
-        raise WireError(
-            400, f"{where or 'The request'}: {problem['msg']}.", kind="invalid_request_error", param=where
-        ) from error
+        raise invalid(f"{where or 'The request'}: {problem['msg']}.", where) from error
 
 
-def assistant_message(parsed: Parsed, turn_key: str) -> dict[str, Any]:
-    """The OpenAI message for a sampled completion, without token ids. `turn_key` makes its tool-call ids unique."""
-    message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
-    if parsed.reasoning:
-        # vLLM renamed the field in 0.16; Gym 0.4 reads either.
-        message["reasoning_content"] = message["reasoning"] = parsed.reasoning
-    if parsed.tool_calls:
-        message["content"] = parsed.content or None
-        message["tool_calls"] = [
-            {
-                "id": call.id or f"call_{turn_key}_{index}",
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for index, call in enumerate(parsed.tool_calls)
-        ]
-    return message
+def parse_body(model: type[Model], body: bytes | bytearray) -> Model:
+    """A body as `model`. Raises `WireError` 400."""
+    return checked(model, decode(body))
 
 
-def chat_completion(request: ChatRequest, turn: Turn, message: Message, *, model: str) -> dict[str, Any]:
-    """The body of a chat completion. The message carries Gym's three id fields."""
-    finish_reason = "tool_calls" if message.get("tool_calls") and turn.finish_reason == "stop" else turn.finish_reason
-    prompt_tokens, completion_tokens = len(turn.prompt_ids), len(turn.completion_ids)
-    choice: dict[str, Any] = {
-        "index": 0,
-        "message": {**message, **dict(zip(ID_FIELDS, _ids(turn), strict=True))},
-        "finish_reason": finish_reason,
-        "logprobs": None,
-    }
-    # Gym asks for logprobs with ids as text only because stock vLLM has no other way; the id fields replace it.
-    if request.logprobs and not request.return_tokens_as_token_ids:
-        choice["logprobs"] = {"content": _logprobs_content(turn)}
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": request.model or model,
-        "choices": [choice],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
-    }
+def objects(value: Any, where: str) -> Sequence[dict[str, Any]]:
+    """`value` as a list of JSON objects; none for null. Raises `WireError` 400 naming the place."""
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise invalid(f"{where}: a list is needed, not {type(value).__name__}.", where)
+    for index, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise invalid(f"{where}.{index}: an object is needed, not {type(item).__name__}.", f"{where}.{index}")
+    return value
 
 
-def _ids(turn: Turn) -> tuple[Sequence[int], Sequence[int], Sequence[float]]:
-    return turn.prompt_ids, turn.completion_ids, turn.logprobs
+def text_field(item: Mapping[str, Any], name: str, where: str, *, needed: bool = True) -> str:
+    """A text of an object; empty when it is missing and not needed. Raises `WireError` 400 naming the place."""
+    value = item.get(name)
+    if value is None and not needed:
+        return ""
+    if not isinstance(value, str) or (needed and not value):
+        raise invalid(f"{where}.{name}: a text is needed.", f"{where}.{name}")
+    return value
 
 
-def _logprobs_content(turn: Turn) -> list[dict[str, Any]]:
-    return [
-        {"token": f"token_id:{token}", "logprob": logprob, "bytes": None, "top_logprobs": []}
-        for token, logprob in zip(turn.completion_ids, turn.logprobs, strict=True)
-    ]
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """`content` as JSON."""
+    return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
-def json_response(content: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(content), status, media_type="application/json")
+def event_stream(events: Iterable[tuple[str | None, Any]]) -> Response:
+    """Server-sent events, each with a name or none, and its data. They are all there already, so they go as one body.
+
+    A string is sent as it is (OpenAI's `[DONE]`).
+    """
+    body = b"".join(
+        (b"event: %s\n" % name.encode() if name else b"")
+        + b"data: %s\n\n" % (data.encode() if isinstance(data, str) else orjson.dumps(data))
+        for name, data in events
+    )
+    return Response(body, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
 
 
-def error_response(status: int, message: str, *, kind: str, param: str | None = None) -> Response:
-    """An error in OpenAI's shape."""
-    error = {"message": message, "type": kind, "param": param, "code": status}
-    return json_response({"error": error}, status)
+_ANTHROPIC_KINDS = {
+    400: INVALID,
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
+def error_response(error: WireError, path: str = "") -> Response:
+    """An error in OpenAI's shape; for Anthropic's paths, in one that both read."""
+    told = {"message": str(error), "type": error.kind, "param": error.param, "code": error.status}
+    body: dict[str, Any] = {"error": told}
+    if "/v1/messages" in path:
+        body = {"type": "error", "error": {**told, "type": _ANTHROPIC_KINDS.get(error.status, "api_error")}}
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return json_response(body, error.status, headers)

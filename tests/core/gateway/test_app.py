@@ -31,7 +31,8 @@ class Client:
 
     async def chat(self, messages: list[Any], rollout: str | None = None, **more: Any) -> tuple[int, Any]:
         named = {"gymlink_rollout": rollout} if rollout else {}
-        return await self.post("/v1/chat/completions", {"messages": messages, **named, **more})
+        asked = {"messages": messages, "return_tokens_as_token_ids": True}
+        return await self.post("/v1/chat/completions", {**asked, **named, **more})
 
 
 @pytest.fixture

@@ -92,7 +92,8 @@ class Front:
 
     async def chat(self, rollout: str | None, **more: Any) -> tuple[int, Any]:
         named = {"gymlink_rollout": rollout} if rollout else {}
-        return await self.post("/v1/chat/completions", {"messages": [USER], **named, **more})
+        asked = {"messages": [USER], "return_tokens_as_token_ids": True}
+        return await self.post("/v1/chat/completions", {**asked, **named, **more})
 
     async def run(self, agent: str, row: Any) -> tuple[int, Any]:
         status, content = await self.raw(f"{agent_url(self.server.url, agent)}/run", orjson.dumps(row))
