@@ -1,37 +1,56 @@
-"""`make bench`: runs every benchmark, writes benchmarks/results/<name>.json and prints one table each.
+"""`make bench`: runs the benchmarks, writes benchmarks/results/<name>.json and the table in README.md.
 
-Machines are noisy: what is compared is measured in one run, and the ratio is what counts.
+Machines are noisy: what is compared is measured in one run, in turns, and the ratio is what counts.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import json
-import platform
-import sys
+import time
 from pathlib import Path
 
+from report import Result, times, write_result, write_table
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("prompt_cost",)
+NAMES = ("turn_cost", "capture_payload", "capture_gym", "in_flight", "gym_throughput")
 
 
-def main(wanted: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"run only these of {', '.join(NAMES)}")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it runs; the figures mean nothing")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the JSON files go")
+    parser.add_argument("--readme", type=Path, help="the page with the table; by default README.md, after all have run")
+    asked = parser.parse_args()
+    if unknown := [name for name in asked.names if name not in NAMES]:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
+
     console = Console()
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    sys.path.insert(0, str(HERE))
-    for name in wanted or NAMES:
-        rows = importlib.import_module(name).run()
-        content = {"python": platform.python_version(), "machine": platform.machine(), "rows": rows}
-        (results / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        table = Table(*rows[0], title=name)
-        for row in rows:
-            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-        console.print(table)
+    results = []
+    for name in asked.names or NAMES:
+        started = time.monotonic()
+        result: Result = importlib.import_module(name).run(small=asked.small)
+        results.append(result)
+        write_result(asked.results, name, result)
+        show(console, f"{name} ({time.monotonic() - started:.0f} s)", result)
+    if asked.readme or not asked.names:
+        write_table(asked.readme or HERE.parent / "README.md", results)
+
+
+def show(console: Console, title: str, result: Result) -> None:
+    figures = Table(*result.rows[0], title=title)
+    for row in result.rows:
+        figures.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(figures)
+    told = Table("measured", "gymlink", "the other way", "times better", "goal")
+    for line in result.lines:
+        verdict = f"{line.goal} ({'met' if line.met else 'MISSED'})" if line.goal else ""
+        told.add_row(line.measured, line.gymlink, line.other, "" if line.ratio is None else times(line.ratio), verdict)
+    console.print(told)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
