@@ -1,60 +1,17 @@
 """The gateway over real HTTP, with the scripted engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
-import aiohttp
 import pytest
 
 from gymlink.config import GatewaySettings
-from gymlink.engines import ScriptedEngine
 from gymlink.errors import ConfigError, EngineError
-from gymlink.gateway import GatewayServer, PolicyService, Router, create_app
+from gymlink.gateway import GatewayServer, Router, create_app
 from gymlink.types import Sampling
 
 SECRET = "s3cret"
 USER = {"role": "user", "content": "hi"}
-
-
-class Client:
-    """Speaks to one gateway as Gym's model server does."""
-
-    def __init__(self, http: aiohttp.ClientSession, server: GatewayServer, service: PolicyService) -> None:
-        self.http, self.server, self.service = http, server, service
-
-    async def post(self, path: str, body: Any, secret: str = SECRET) -> tuple[int, Any]:
-        headers = {"Authorization": f"Bearer {secret}"}
-        data = {"data": body} if isinstance(body, bytes) else {"json": body}
-        async with self.http.post(self.server.url + path, headers=headers, **data) as answer:
-            return answer.status, await answer.json()
-
-    async def chat(self, messages: list[Any], rollout: str | None = None, **more: Any) -> tuple[int, Any]:
-        named = {"gymlink_rollout": rollout} if rollout else {}
-        asked = {"messages": messages, "return_tokens_as_token_ids": True}
-        return await self.post("/v1/chat/completions", {**asked, **named, **more})
-
-
-@pytest.fixture
-async def gateway(chat_format) -> AsyncIterator[Any]:
-    running: list[GatewayServer] = []
-    stop = chat_format.stop_token_ids[0]
-
-    async with aiohttp.ClientSession() as http:
-
-        async def make(script: Any = None, router: Router | None = None, **options: Any) -> Client:
-            engine = ScriptedEngine(script or (lambda prompt: (72, 105, stop)), **options)
-            service = PolicyService(chat_format, engine, Sampling(temperature=1.0, max_tokens=8))
-            server = GatewayServer(create_app(service, SECRET, router), GatewaySettings())
-            running.append(server)
-            await server.start()
-            return Client(http, server, service)
-
-        try:
-            yield make
-        finally:
-            for server in running:
-                await server.stop()
 
 
 async def test_two_turns_are_one_exact_chain(gateway) -> None:
