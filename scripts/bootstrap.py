@@ -74,7 +74,7 @@ class Environment(NamedTuple):
 
 
 ENVIRONMENTS = {
-    "trl": Environment(extras=("trl",), groups=("test", "check")),
+    "trl": Environment(extras=("trl",), groups=("test", "clients", "check")),
     "verl": Environment(extras=("verl",), groups=("test",), pythons=((3, 12), (3, 11)), below=(3, 13)),
     # Builds for the CPU, beside a GPU too: the tests run OpenRLHF on stand-ins for GPUs, and vLLM with CUDA is another
     # package. flash-attn, of the version that OpenRLHF pins, imports torch when it is built: not in isolation, then.

@@ -37,9 +37,10 @@ SUITES = {
     "core": Suite(
         "trl", ("tests/core", "tests/contract", "tests/docs", "tests/scripts", "tests/parity/test_recording.py")
     ),
-    "trl": Suite("trl", ("tests/plugins/trl", "tests/parity/test_trl.py", "tests/e2e")),
+    "trl": Suite("trl", ("tests/plugins/transformers", "tests/plugins/trl", "tests/parity/test_trl.py", "tests/e2e")),
     "verl": Suite("verl", ("tests/plugins/ray", "tests/plugins/verl", "tests/parity/test_verl.py")),
-    "openrlhf": Suite("openrlhf", ("tests/plugins/openrlhf", "tests/parity/test_openrlhf.py")),
+    # Its environment has vLLM for the CPU.
+    "openrlhf": Suite("openrlhf", ("tests/engines", "tests/plugins/openrlhf", "tests/parity/test_openrlhf.py")),
 }
 
 

@@ -4,7 +4,7 @@ The names here are the public ones; everything else may move between minor versi
 """
 
 from gymlink.errors import GymlinkError
-from gymlink.hookspecs import Framework, hookimpl
+from gymlink.hookspecs import EngineKind, EngineRequest, Framework, hookimpl
 from gymlink.types import (
     ForkCause,
     Generation,
@@ -20,6 +20,8 @@ from gymlink.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EngineKind",
+    "EngineRequest",
     "ForkCause",
     "Framework",
     "Generation",

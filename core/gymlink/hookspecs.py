@@ -1,4 +1,4 @@
-"""The hooks by which a plugin makes a trainer known. All of a plugin's contract is in this file.
+"""The hooks by which a plugin makes a trainer, or an engine, known. All of a plugin's contract is in this file.
 
 A plugin is a module (or object) that implements some of these with `@gymlink.hookimpl`, registered under the
 entry-point group `gymlink`. The built-in plugins use the same hooks as a stranger's.
@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from gymlink.types import Sampling
+
 if TYPE_CHECKING:
     from gymlink.demo import DemoRequest, DemoResult
+    from gymlink.engines import Engine
 
 hookspec = pluggy.HookspecMarker("gymlink")
 hookimpl = pluggy.HookimplMarker("gymlink")
@@ -48,12 +51,50 @@ class Framework:
     """How rollouts from Gym are switched on in the trainer's own way, in a few words, where no file is needed."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """One kind of engine that `gymlink serve` can put behind the gateway, described without importing it."""
+
+    name: str
+    summary: str
+    make: str
+    """`f(request: EngineRequest) -> gymlink.engines.Engine`, called on the event loop that the gateway runs on."""
+    remote: bool = False
+    """Whether it samples on servers that run already, whose addresses it must be given."""
+    extra: str | None = None
+    """The name in `pip install "gymlink[extra]"` of what it needs beside the core."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What an engine is made of.
+
+    `model` is the name or folder of the policy; `urls` are the servers of a remote engine; `max_context` is in tokens,
+    the engine's own limit when None; `reply` is what a scripted engine says.
+    """
+
+    model: str
+    tokenizer: Any
+    sampling: Sampling
+    urls: tuple[str, ...] = ()
+    api_key: str | None = None
+    max_context: int | None = None
+    reply: str | None = None
+
+
+@hookspec
+def gymlink_engines() -> Sequence[EngineKind]:
+    """Name the kinds of engine that this plugin brings."""
+    raise NotImplementedError
+
+
 @hookspec
 def gymlink_frameworks() -> Sequence[Framework]:
     """Name the trainers that this plugin connects."""
     raise NotImplementedError
 
 
+EngineFunction = Callable[[EngineRequest], "Engine"]
 TrainFunction = Callable[[Path, Sequence[str]], None]
 DemoFunction = Callable[["DemoRequest"], "DemoResult"]
 PathFunction = Callable[[Path, Path], Path]

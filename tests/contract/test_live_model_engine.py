@@ -8,7 +8,7 @@ import torch
 from gymlink.testing import EngineContract
 from gymlink.types import Sampling
 from gymlink_tiny import make_model, make_tokenizer
-from gymlink_trl.engine import LiveModelEngine
+from gymlink_transformers.engine import LiveModelEngine
 
 
 class TestLiveModelEngine(EngineContract):

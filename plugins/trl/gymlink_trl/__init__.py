@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gymlink_trl.dataset import gym_dataset
-    from gymlink_trl.engine import LiveModelEngine
     from gymlink_trl.rollout import GymRollout, gym_reward
 
-__all__ = ["GymRollout", "LiveModelEngine", "gym_dataset", "gym_reward"]
+__all__ = ["GymRollout", "gym_dataset", "gym_reward"]
 
-_HOMES = {"GymRollout": "rollout", "LiveModelEngine": "engine", "gym_dataset": "dataset", "gym_reward": "rollout"}
+_HOMES = {"GymRollout": "rollout", "gym_dataset": "dataset", "gym_reward": "rollout"}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,9 +24,9 @@ from gymlink.report import Reporter
 from gymlink.rollout import Figures, check_conservation, describe_failures
 from gymlink.session import Session
 from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling
+from gymlink_transformers.engine import LiveModelEngine
+from gymlink_transformers.logprobs import SampledRow, max_logprob_error
 from gymlink_trl.dataset import load_rows, row_files, row_reference
-from gymlink_trl.engine import LiveModelEngine
-from gymlink_trl.logprobs import SampledRow, max_logprob_error
 from gymlink_trl.quiet import FailuresAreTold
 from gymlink_trl.support import batching_model, check_trainer, peers_of, sampling_of
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from gymlink.types import Sampling
-from gymlink_trl.engine import as_sampled
+from gymlink_transformers.engine import as_sampled
 
 LOGIT_ELEMENTS = 2**28
 """Logits held at a time (1 GiB in float32): long rows of a large vocabulary go through in small batches."""

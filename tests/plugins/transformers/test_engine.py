@@ -16,8 +16,8 @@ from gymlink.engines.base import Engine
 from gymlink.errors import ContextOverflowError, EngineError, PluginError
 from gymlink.types import Generation, Sampling
 from gymlink_tiny import make_model
-from gymlink_trl.engine import LiveModelEngine
-from gymlink_trl.logprobs import SampledRow, max_logprob_error
+from gymlink_transformers.engine import LiveModelEngine
+from gymlink_transformers.logprobs import SampledRow, max_logprob_error
 
 EIGHT = Sampling(max_tokens=8)
 
