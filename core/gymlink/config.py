@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,12 @@ from gymlink.errors import ConfigError
 
 DEFAULT_GYM_VERSION = "0.4.0"
 """The newest NeMo Gym that runs on Python 3.12."""
+
+TokenIdsVia = Literal["capture", "messages"]
+"""How the ids of what was sampled reach the trainer: from the gateway alone, or also on Gym's messages."""
+
+
+S = TypeVar("S", bound="PolicySettings")
 
 
 class _Section(BaseModel):
@@ -90,15 +96,32 @@ class GatewaySettings(_Section):
     """0 takes a free port."""
     advertise_host: str | None = None
     """The name under which Gym's servers reach this machine, when it is not `host`."""
+    token_ids: TokenIdsVia = "capture"  # noqa: S105 - no secret
+    """Token ids stay at the gateway (capture), or travel through Gym on its messages too (messages), which also trains
+    agents that drop a rollout's id from their calls. It is about the model server that gymlink adds: a `policy_model`
+    in your own config files stays as it is."""
+    pause_hold_s: float = Field(30.0, ge=0)
+    """How long a call waits at a paused gateway before it is answered 429. NeMo Gym 0.4 tries again without end, 0.7
+    three times: there it has to be more than a third of the longest pause."""
+
+    @property
+    def ids_travel(self) -> bool:
+        """Whether token ids go through Gym, so that a rollout whose calls do not name it is known by them."""
+        return self.token_ids == "messages"  # noqa: S105 - no secret
 
 
-class Settings(_Section):
-    """The whole of `gym.yaml`."""
+class PolicySettings(_Section):
+    """What a gateway needs where no Gym runs: `gym.yaml` without `gym`."""
 
-    gym: GymSettings
     rollout: RolloutSettings = RolloutSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     gateway: GatewaySettings = GatewaySettings()
+
+
+class Settings(PolicySettings):
+    """The whole of `gym.yaml`."""
+
+    gym: GymSettings
 
 
 def load_settings(path: str | Path) -> Settings:
@@ -109,6 +132,18 @@ def load_settings(path: str | Path) -> Settings:
             listed at once.
     """
     path = Path(path)
+    return parse_settings(_read(path), where=str(path), folder=path.resolve().parent)
+
+
+def load_policy_settings(path: str | Path) -> PolicySettings:
+    """Read and check a `gym.yaml` that may leave out `gym`; `Settings` when it does not. Raises as `load_settings`."""
+    data = _read(Path(path))
+    if isinstance(data, Mapping) and "gym" in data:
+        return load_settings(path)
+    return _validate(PolicySettings, data or {}, str(path))
+
+
+def _read(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -116,21 +151,24 @@ def load_settings(path: str | Path) -> Settings:
     except UnicodeDecodeError as error:
         raise ConfigError(f"The settings file {str(path)!r} is not UTF-8 text: {error}.") from error
     try:
-        data = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    return parse_settings(data, where=str(path), folder=path.resolve().parent)
 
 
 def parse_settings(data: Any, *, where: str = "settings", folder: Path | None = None) -> Settings:
     """Check settings that are already in memory; paths are taken relative to `folder` (the working directory)."""
+    settings = _validate(Settings, data, where)
+    return settings.model_copy(update={"gym": _resolved(settings.gym, folder or Path.cwd())})
+
+
+def _validate(model: type[S], data: Any, where: str) -> S:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: expected a mapping with the key 'gym', got {type(data).__name__}.")
     try:
-        settings = Settings.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{where}: " + "; ".join(_explain(error))) from error
-    return settings.model_copy(update={"gym": _resolved(settings.gym, folder or Path.cwd())})
 
 
 def _resolved(gym: GymSettings, folder: Path) -> GymSettings:
@@ -151,7 +189,7 @@ def _resolved(gym: GymSettings, folder: Path) -> GymSettings:
 
 
 def _explain(error: ValidationError) -> Iterable[str]:
-    for problem in error.errors():
+    for problem in sorted(error.errors(), key=lambda problem: [str(part) for part in problem["loc"]]):
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = _known_keys(problem["loc"][:-1])

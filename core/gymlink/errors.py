@@ -9,6 +9,7 @@
     ├── EngineError              the policy did not generate
     │   ├── ContextOverflowError the prompt leaves no room for a token
     │   └── EngineDownError      it cannot be reached or has died: another replica may answer
+    ├── GatewayError             a gateway in another program did not do what was asked of it
     ├── RolloutError             a batch cannot be used
     └── PluginError              a trainer, or its plugin, cannot be used as asked
 
@@ -77,6 +78,10 @@ class ContextOverflowError(EngineError):
 
 class EngineDownError(EngineError):
     """The engine cannot be reached, has died, or does not answer: the same call may succeed on another replica."""
+
+
+class GatewayError(GymlinkError):
+    """The gateway of a `gymlink serve` cannot be reached, does not know the secret, or failed."""
 
 
 class RolloutError(GymlinkError):

@@ -14,13 +14,16 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gymlink.config import Settings
+from starlette.routing import Route
+
+from gymlink.config import PolicySettings, Settings
 from gymlink.engines import Engine
 from gymlink.errors import GymError, GymStartError, RolloutError
-from gymlink.gateway import PolicyService, Router
+from gymlink.gateway import POLICY, PolicyService, Router
 from gymlink.gym import GymServers, attach_gym, start_gym
 from gymlink.host import check_policy_url, find_attached, policy_key
 from gymlink.rollout import OnRollout, Recorder
@@ -52,13 +55,16 @@ class Session:
     """Collects rollouts for one training process. A context manager; `stop` may be called at any time, and twice.
 
     Args:
-        settings: from `gymlink.config.load_settings`.
+        settings: from `gymlink.config.load_settings`; with `PolicySettings` no Gym is started, and nothing collected.
         tokenizer: the policy's, with its chat template.
         engine: samples from the policy; closed with the session.
         sampling: the trainer's, for every call of the policy.
         run_dir: logs of Gym's servers and `rollouts.jsonl` go here; made when missing.
         report: told in a few words what is being waited for.
         peers: the other processes of the job, when there are some.
+        model: the name under which the policy is listed.
+        secret: what calls of the gateway must carry; made up when not given. An attached Gym has its own.
+        routes: further routes of the gateway, for those who carry the secret.
 
     Raises (from `start`):
         ConfigError: settings that cannot work. GymStartError: Gym did not come up.
@@ -66,7 +72,7 @@ class Session:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: PolicySettings,
         *,
         tokenizer: Any,
         engine: Engine,
@@ -74,13 +80,20 @@ class Session:
         run_dir: Path,
         report: Report = _silent,
         peers: Peers | None = None,
+        model: str = POLICY,
+        secret: str | None = None,
+        routes: Callable[[Session], Sequence[Route]] = lambda _: (),
     ) -> None:
         self._settings = settings
+        self.secret = secret or secrets.token_urlsafe(24)
+        """What calls of the gateway must carry, once the session has started."""
+        self._routes = routes
         self.run_dir = run_dir
         self._report = report
         self._peers = peers or Peers()
-        self._worker = RolloutWorker(settings, tokenizer=tokenizer, engine=engine, sampling=sampling)
+        self._worker = RolloutWorker(settings, tokenizer=tokenizer, engine=engine, sampling=sampling, model=model)
         self._loop: _LoopThread | None = None
+        self._url: str | None = None
         self._gym: GymServers | None = None
         self._recorder: Recorder | None = None
         self._batches = 0
@@ -89,6 +102,13 @@ class Session:
     def service(self) -> PolicyService:
         """The gateway's inside: its totals are the count of all that the engine sampled."""
         return self._worker.service
+
+    @property
+    def url(self) -> str:
+        """Where this process's gateway answers, without `/v1`."""
+        if self._url is None:
+            raise _not_started()
+        return self._url
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -103,7 +123,7 @@ class Session:
     @property
     def _running_gym(self) -> GymServers:
         if self._gym is None:
-            raise GymError("The session is not started: call start(), or use it as a context manager.")
+            raise _not_started()
         return self._gym
 
     def start(self) -> None:
@@ -117,17 +137,21 @@ class Session:
     def _start(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         rank = self._peers.rank
-        attached = find_attached(self._settings, self._report)
-        own_secret = policy_key(attached) if attached else secrets.token_urlsafe(24)
-        secret = str(self._peers.exchange(own_secret)[0])
+        settings = self._settings
+        attached = find_attached(settings, self._report) if isinstance(settings, Settings) else None
+        own_secret = policy_key(attached) if attached else self.secret
+        secret = self.secret = str(self._peers.exchange(own_secret)[0])
         self._loop = _LoopThread()
         atexit.register(self.stop)
         router = Router(rank)
-        own_url = self._loop.run(self._worker.serve(secret, self._gateway_settings(rank), router))
-        urls = dict(enumerate(self._peers.exchange(own_url)))
+        serving = self._worker.serve(secret, self._gateway_settings(rank), router, routes=self._routes(self))
+        self._url = self._loop.run(serving)
+        urls = dict(enumerate(self._peers.exchange(self._url)))
         if rank == 0:
             router.peers |= {str(peer): url for peer, url in urls.items() if peer != rank}
-        self._gym = self._join_gym(attached, urls[0], secret)
+        if not isinstance(settings, Settings):
+            return
+        self._gym = self._join_gym(settings, attached, urls[0], secret)
         self._worker.join(self._gym, owner=rank)
         name = "rollouts.jsonl" if rank == 0 else f"rollouts.rank{rank}.jsonl"
         self._recorder = Recorder(self.run_dir / name, detail=self._settings.rollout.record)
@@ -137,7 +161,7 @@ class Session:
         settings = self._settings.gateway
         return settings if rank == 0 else settings.model_copy(update={"port": 0})
 
-    def _join_gym(self, attached: GymServers | None, gateway_url: str, secret: str) -> GymServers:
+    def _join_gym(self, settings: Settings, attached: GymServers | None, gateway_url: str, secret: str) -> GymServers:
         """The first process starts Gym and tells the others where its head server is, or why there is none."""
         if attached is not None:
             check_policy_url(attached, gateway_url)
@@ -145,9 +169,10 @@ class Session:
         if self._peers.rank == 0:
             try:
                 gym = start_gym(
-                    self._settings.gym,
+                    settings.gym,
                     policy_base_url=f"{gateway_url}/v1",
                     policy_api_key=secret,
+                    token_ids=self._settings.gateway.token_ids,
                     run_dir=self.run_dir,
                     report=self._report,
                 )
@@ -175,11 +200,25 @@ class Session:
         Raises:
             RolloutError: too many of the batch failed. GymError: a server of the Gym that was started here has died.
         """
+        loop = self._running_loop
+        before = self.service.totals.attributed_tokens
+        collected = loop.run(self.collecting(requests, sampling=sampling, on_rollout=on_rollout))
+        _check_conservation(self.service.totals.attributed_tokens - before, collected)
+        return collected
+
+    async def collecting(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        sampling: Sampling | None = None,
+        on_rollout: OnRollout | None = None,
+    ) -> RolloutBatch:
+        """`collect`, for those who are on the session's own event loop; several may be under way at a time."""
         recorder = self._recorder
-        if self._loop is None or recorder is None:
-            raise GymError("The session is not started: call start(), or use it as a context manager.")
+        if recorder is None:
+            raise _not_started()
         if self._running_gym.owned:
-            self._running_gym.check()
+            await asyncio.to_thread(self._running_gym.check)
         batch, self._batches = self._batches, self._batches + 1
 
         def ended(rollout: Rollout) -> None:
@@ -187,10 +226,34 @@ class Session:
             if on_rollout is not None:
                 on_rollout(rollout)
 
-        before = self.service.totals.attributed_tokens
-        collected = self._loop.run(self._worker.collect(requests, ended, sampling=sampling))
-        _check_conservation(self.service.totals.attributed_tokens - before, collected)
-        return collected
+        return await self._worker.collect(requests, ended, sampling=sampling)
+
+    def pause(self) -> None:
+        """Let no generation begin until `resume`, from any thread: rollouts that run wait, and lose nothing.
+
+        It is this process's engine that rests; with several processes, each pauses its own.
+        """
+        self._on_loop(self.service.pause)
+
+    def drain(self, timeout_s: float) -> int:
+        """Wait until no generation is in flight; how many still are when `timeout_s` has passed."""
+        return self._running_loop.run(self.service.drain(timeout_s))
+
+    def resume(self, weight_version: int | None = None) -> None:
+        """Let generations begin again, with weights of this version. See `gymlink.gateway.PolicyService.resume`."""
+        self._on_loop(partial(self.service.resume, weight_version))
+
+    def _on_loop(self, call: Callable[[], None]) -> None:
+        async def called() -> None:
+            call()
+
+        self._running_loop.run(called())
+
+    @property
+    def _running_loop(self) -> _LoopThread:
+        if self._loop is None:
+            raise _not_started()
+        return self._loop
 
     def stop(self) -> None:
         """Stop all that this session started, Gym first."""
@@ -210,6 +273,10 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _not_started() -> GymError:
+    return GymError("The session is not started: call start(), or use it as a context manager.")
 
 
 def _check_conservation(sampled: int, batch: RolloutBatch) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.routing import Route
+
 from gymlink.align import load_format
-from gymlink.config import GatewaySettings, Settings
+from gymlink.config import GatewaySettings, PolicySettings
 from gymlink.engines import Engine
 from gymlink.errors import GymError
-from gymlink.gateway import GatewayServer, PolicyService, Router, create_app
+from gymlink.gateway import POLICY, GatewayServer, PolicyService, Router, create_app
 from gymlink.gym import Addresses, GymClient
 from gymlink.rollout import Collector, OnRollout
 from gymlink.types import Rollout, RolloutBatch, RolloutRequest, Sampling
@@ -27,12 +29,21 @@ class RolloutWorker:
         tokenizer: the policy's, with its chat template.
         engine: samples from the policy; closed with the worker.
         sampling: the trainer's, for every call of the policy that no other is given for.
+        model: the name under which the policy is listed.
 
     Raises:
         ConfigError: the tokenizer's chat format cannot be used.
     """
 
-    def __init__(self, settings: Settings, *, tokenizer: Any, engine: Engine, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        settings: PolicySettings,
+        *,
+        tokenizer: Any,
+        engine: Engine,
+        sampling: Sampling,
+        model: str = POLICY,
+    ) -> None:
         self._settings = settings
         self._engine = engine
         self.service = PolicyService(
@@ -40,24 +51,40 @@ class RolloutWorker:
             engine,
             sampling,
             reasoning=settings.alignment.reasoning,
+            model=model,
+            claims=settings.gateway.ids_travel,
+            hold_s=settings.gateway.pause_hold_s,
         )
         self._gateway: GatewayServer | None = None
         self._router: Router | None = None
         self._client: GymClient | None = None
         self._collector: Collector | None = None
 
-    async def serve(self, secret: str, gateway: GatewaySettings, router: Router | None = None) -> str:
-        """Bring up the gateway; its URL, without `/v1`. Raises `ConfigError` when the address cannot be had."""
+    async def serve(
+        self, secret: str, gateway: GatewaySettings, router: Router | None = None, *, routes: Sequence[Route] = ()
+    ) -> str:
+        """Bring up the gateway, with further `routes`; its URL, without `/v1`.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
         self._router = router or Router()
-        self._gateway = GatewayServer(create_app(self.service, secret, self._router), gateway)
+        self._gateway = GatewayServer(create_app(self.service, secret, self._router, routes), gateway)
         await self._gateway.start()
         return self._gateway.url
 
     def join(self, gym: Addresses, *, owner: int, secret: str | None = None) -> None:
         """Collect in this Gym from now on. `owner` is this worker's name in rollout ids; `secret` the Gym's, if any."""
-        rollout = self._settings.rollout
-        self._client = GymClient(gym, connections=rollout.concurrency, secret=secret)
-        self._collector = Collector(self._client, self.service, rollout, self._settings.alignment, owner=owner)
+        settings = self._settings
+        self._client = GymClient(gym, connections=settings.rollout.concurrency, secret=secret)
+        self._collector = Collector(
+            self._client,
+            self.service,
+            settings.rollout,
+            settings.alignment,
+            owner=owner,
+            claims=settings.gateway.ids_travel,
+        )
 
     async def collect(
         self,

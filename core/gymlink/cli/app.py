@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from gymlink import __version__
+from gymlink.cli.serve import serve
 from gymlink.errors import ConfigError, GymlinkError, GymStartError, PluginError
 
 app = typer.Typer(
@@ -118,6 +119,9 @@ def prompts(
         raise PluginError(f"{framework} takes Gym rows as they are: give it {str(rows)!r} itself.")
     output = output or rows.with_suffix(f".{framework}{'-eval' if evaluation else ''}.jsonl")
     typer.echo(resolve(found.prompts)(rows, output, evaluation))
+
+
+app.command()(serve)
 
 
 def main() -> None:
