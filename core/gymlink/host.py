@@ -85,6 +85,7 @@ class GymHost:
                 self._settings.gym,
                 policy_base_url=f"{url}/v1",
                 policy_api_key=secret,
+                token_ids=self._settings.gateway.token_ids,
                 run_dir=self._run_dir,
                 report=self._report_unless_stopped,
             )

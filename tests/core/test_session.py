@@ -1,6 +1,7 @@
 """A session whose Gym is a stand-in that calls the real policy service; real Gym is in tests/e2e."""
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,18 @@ def test_tokens_that_are_neither_trained_nor_counted_as_dropped_stop_the_run(
     monkeypatch.setattr(outcome, "build_segments", lambda *_, **__: ((), {}))
     with pytest.raises(RolloutError, match=r"sampled 6 tokens for this batch; its rollouts tell of 6, and 0 are"):
         session.collect(REQUESTS)
+
+
+def test_rollouts_wait_while_the_session_is_paused(session: Session) -> None:
+    session.pause()
+    assert session.drain(1) == 0
+    with ThreadPoolExecutor(1) as trainer:
+        collecting = trainer.submit(session.collect, REQUESTS)
+        with pytest.raises(TimeoutError):
+            collecting.result(0.3)
+        engine = session.service.engine
+        assert isinstance(engine, ScriptedEngine)
+        engine.weight_version = 5
+        session.resume()
+        turns = [turn for rollout in collecting.result(10).rollouts for turn in rollout.turns]
+    assert [turn.weight_version for turn in turns] == [5, 5]

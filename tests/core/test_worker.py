@@ -50,7 +50,7 @@ class Gym:
             messages = [*params["input"]]
             async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {SECRET}"}) as http:
                 for _ in range(2):
-                    body = {"messages": messages, **extra}
+                    body = {"messages": messages, "return_tokens_as_token_ids": True, **extra}
                     async with http.post(f"{self.policy}/v1/chat/completions", json=body) as answer:
                         if answer.status != 200:
                             return web.Response(status=500, text=await answer.text())

@@ -1,6 +1,6 @@
 """One real Gym with all the environments of these tests, and a policy that follows a script."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,11 @@ class ScriptedPolicy:
 @pytest.fixture(scope="session")
 def policy(tokenizer: PreTrainedTokenizerFast) -> ScriptedPolicy:
     return ScriptedPolicy(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def make_policy(tokenizer: PreTrainedTokenizerFast) -> Callable[[], ScriptedPolicy]:
+    return lambda: ScriptedPolicy(tokenizer)
 
 
 @pytest.fixture

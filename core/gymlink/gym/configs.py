@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gymlink.config import TokenIdsVia
 from gymlink.errors import ConfigError
 from gymlink.gym.guard import GuardedProcess
 from gymlink.gym.install import (
@@ -26,15 +27,19 @@ from gymlink.gym.install import (
     last_lines,
 )
 
-MODEL_CONFIG = "responses_api_models/vllm_model/configs/vllm_model_for_training.yaml"
-"""Gym's model server that returns token ids; added when the configuration has no `policy_model` of its own."""
+MODEL_CONFIGS: Mapping[TokenIdsVia, str] = {
+    "capture": "responses_api_models/vllm_model/configs/vllm_model.yaml",
+    "messages": "responses_api_models/vllm_model/configs/vllm_model_for_training.yaml",
+}
+"""Gym's model server, without and with token ids on its messages; added when the configuration has no `policy_model` of
+its own, and below one that only sets some of its fields."""
 POLICY_KEY_VARIABLE = "GYMLINK_POLICY_API_KEY"
 """Where Gym's servers find the policy's key: never in a file, on a command line or in the head server's answers."""
 
 _ANY_POLICY = ("++policy_base_url='http://127.0.0.1/v1'", "++policy_api_key=''", "++policy_model_name=policy")
 
-# Run by Gym's interpreter with: where to answer, the config paths and the overrides, both as JSON.
-_ASK_GYM = f"""
+# Run by Gym's interpreter with: where to answer, the config paths and the overrides, both as JSON, the model server.
+_ASK_GYM = """
 import json, sys
 from pathlib import Path
 from omegaconf import OmegaConf
@@ -43,15 +48,24 @@ from nemo_gym.config_types import ConfigError
 from nemo_gym.global_config import GlobalConfigDictParser, get_global_config_dict
 
 answer, paths, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+model_config, policy, vllm_fields = sys.argv[4], "policy_model", "policy_model.responses_api_models.vllm_model."
+
+def leaves(path, value):
+    below = value.items() if isinstance(value, dict) else ()
+    return [leaf for key, item in below for leaf in leaves(f"{path}.{key}", item)] or [path]
+
 try:
     parser = GlobalConfigDictParser()
     files, documents = parser.load_extra_config_paths(paths)
     dotenv = next((path for path in (Path("env.yaml"), PARENT_DIR / "env.yaml") if path.exists()), None)
     if dotenv:
         documents.append(OmegaConf.load(dotenv))
-    given = sorted({{str(key) for document in documents for key in document}})
-    if "policy_model" not in given and not any(item.startswith("++policy_model.") for item in overrides):
-        paths.append("{MODEL_CONFIG}")
+    given = sorted({str(key) for document in documents for key in document})
+    read = [OmegaConf.to_container(document, resolve=False) for document in documents]
+    said = [leaf for document in read if policy in document for leaf in leaves(policy, document[policy])]
+    said += [item.partition("=")[0][2:] for item in overrides if item.startswith(f"++{policy}.")]
+    if all(leaf.startswith(vllm_fields) for leaf in said) and vllm_fields + "entrypoint" not in said:
+        paths.insert(0, model_config)
     quoted = ",".join("'" + path.replace("'", chr(92) + "'") + "'" for path in paths)
     sys.argv = ["gym", "+config_paths=[" + quoted + "]", *overrides]
     config = get_global_config_dict()
@@ -59,13 +73,13 @@ try:
 except ConfigError as error:
     sys.exit(str(error))
 found = [next((p for p in (Path(file), PARENT_DIR / file) if p.exists()), Path(file)) for file in files]
-answer.write_text(json.dumps({{
+answer.write_text(json.dumps({
     "config": OmegaConf.to_container(config, resolve=False),
     "config_paths": paths,
     "given": given,
     "files": [str(path.resolve()) for path in [*found, *([dotenv] if dotenv else [])]],
     "install": str(PARENT_DIR),
-}}))
+}))
 """
 
 
@@ -100,6 +114,7 @@ def plan(
     config_paths: Sequence[str],
     overrides: Sequence[str],
     *,
+    token_ids: TokenIdsVia,
     root: Path,
     cwd: Path,
     env: Mapping[str, str],
@@ -111,6 +126,7 @@ def plan(
         gym: the Gym to ask.
         config_paths: as in the settings.
         overrides: the settings' own, in Hydra's form (`hydra_override`).
+        token_ids: says which of Gym's model servers is added.
         root: the user's folder, of which `cwd` holds links.
         cwd: the folder that relative paths refer to first, then Gym's install.
         env: the environment for Gym.
@@ -119,11 +135,11 @@ def plan(
     Raises:
         ConfigError: Gym refuses it, in Gym's own words.
     """
-    question = json.dumps([str(gym.prefix), gym.version, str(root), [*config_paths], [*overrides]])
+    question = json.dumps([str(gym.prefix), gym.version, str(root), [*config_paths], [*overrides], token_ids])
     kept = cache_folder() / "plans" / f"{hashlib.sha256(question.encode()).hexdigest()[:16]}.json"
     if (known := _read_kept(kept)) is not None:
         return known
-    answer = _ask(gym, config_paths, overrides, root=root, cwd=cwd, env=env, report=report)
+    answer = _ask(gym, config_paths, overrides, MODEL_CONFIGS[token_ids], root=root, cwd=cwd, env=env, report=report)
     config = answer["config"]
     found = Plan(
         servers={name: (kind, folder) for name, kind, folder, _ in server_instances(config)},
@@ -156,6 +172,7 @@ def _ask(
     gym: GymEnvironment,
     config_paths: Sequence[str],
     overrides: Sequence[str],
+    model_config: str,
     *,
     root: Path,
     cwd: Path,
@@ -163,7 +180,7 @@ def _ask(
     report: Report,
 ) -> dict[str, Any]:
     answer, log = cwd / "answer.json", cwd / "answer.log"
-    question = [str(answer), json.dumps([*config_paths]), json.dumps([*_ANY_POLICY, *overrides])]
+    question = [str(answer), json.dumps([*config_paths]), json.dumps([*_ANY_POLICY, *overrides]), model_config]
     started = time.monotonic()
     with log.open("wb") as output:
         # -P as for the console script: the working directory must not shadow Gym's packages.

@@ -31,7 +31,7 @@ import psutil
 import yaml
 from uv import find_uv_bin
 
-from gymlink.config import GymSettings
+from gymlink.config import GymSettings, TokenIdsVia
 from gymlink.errors import ConfigError, GymError, GymStartError
 from gymlink.gym.configs import POLICY_KEY_VARIABLE, Plan, plan, server_instances
 from gymlink.gym.guard import GuardedProcess
@@ -153,6 +153,7 @@ def start_gym(
     policy_base_url: str | Sequence[str],
     policy_api_key: str,
     policy_model_name: str = "policy",
+    token_ids: TokenIdsVia = "capture",  # noqa: S107 - no secret
     run_dir: Path,
     report: Report,
 ) -> GymServers:
@@ -163,6 +164,7 @@ def start_gym(
         policy_base_url: where Gym's model server reaches the policy, ending in /v1; a list is shared by session.
         policy_api_key: its bearer token; reaches Gym through the environment only.
         policy_model_name: the model that Gym asks for.
+        token_ids: whether they travel on Gym's messages, where the model server is not the configuration's own.
         run_dir: `logs` is made in it.
         report: told what is being done, with the seconds so far, every two seconds.
 
@@ -179,7 +181,14 @@ def start_gym(
         env = _environment(gym, private, policy_api_key)
         overrides = [item for path, value in settings.overrides.items() for item in hydra_override(path, value)]
         planned = plan(
-            gym, settings.config_paths, overrides, root=private.root, cwd=private.work, env=env, report=report
+            gym,
+            settings.config_paths,
+            overrides,
+            token_ids=token_ids,
+            root=private.root,
+            cwd=private.work,
+            env=env,
+            report=report,
         )
         for folder in planned.folders(private.work):
             private.link_environment(folder.kind, folder.name, prepare_server(gym, folder, planned.pins, report))

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import orjson
@@ -27,6 +28,9 @@ from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus, 
 logger = logging.getLogger(__name__)
 
 OnRollout = Callable[[Rollout], None]
+
+GYMS_ROLLOUT_FIELD = "_ng_rollout_id"
+"""Where a row names its rollout for Gym's own capture of token ids (0.6 and newer); before, it is one field more."""
 
 
 class RunsAgents(Protocol):
@@ -45,6 +49,7 @@ class Collector:
         rollout: concurrency, deadline, attempts and how many failures a batch may have.
         alignment: what is trained of a rewritten history.
         owner: this process (rank), written into rollout ids.
+        claims: a rollout whose calls all came without its id is known by the token ids that Gym's answer carries.
     """
 
     def __init__(
@@ -55,12 +60,14 @@ class Collector:
         alignment: AlignmentSettings,
         *,
         owner: int = 0,
+        claims: bool = False,
     ) -> None:
         self._gym = gym
         self._policy = policy
         self._settings = rollout
         self._alignment = alignment
         self._owner = owner
+        self._claims = claims
         self._slots = asyncio.Semaphore(rollout.concurrency)
 
     async def collect(
@@ -120,6 +127,7 @@ class Collector:
     ) -> Outcome:
         agent, row = request.row["agent_ref"]["name"], _tagged(request.row, rollout_id)
         rollout = self._policy.open(rollout_id, sampling=sampling)
+        strangers = self._policy.totals.unattributed_calls
         answer: Mapping[str, Any] | GymRequestError
         try:
             async with asyncio.timeout(timeout_s):
@@ -133,7 +141,7 @@ class Collector:
             self._policy.close(rollout_id)
         if isinstance(answer, GymRequestError):
             return self._failed(rollout, answer)
-        return self._scored(rollout, answer)
+        return self._scored(rollout, answer, self._policy.totals.unattributed_calls - strangers)
 
     def _failed(self, rollout: OpenRollout, error: GymRequestError) -> Outcome:
         if error.kind == "timeout":
@@ -144,9 +152,10 @@ class Collector:
             return failed(rollout, "engine", rollout.engine_error)
         return failed(rollout, error.kind, str(error))
 
-    def _scored(self, rollout: OpenRollout, answer: Mapping[str, Any]) -> Outcome:
+    def _scored(self, rollout: OpenRollout, answer: Mapping[str, Any], strangers: int) -> Outcome:
+        claim = partial(self._policy.claim, rollout) if self._claims else None
         try:
-            return scored(rollout, answer, self._alignment)
+            return scored(rollout, answer, self._alignment, claim=claim, strangers=strangers)
         except AlignmentError as error:
             # A bug of ours, and still no reason to lose the rest of the batch.
             logger.exception("rollout: the sampled turns do not fit together")
@@ -203,4 +212,4 @@ def _tagged(row: Mapping[str, Any], rollout_id: str) -> dict[str, Any]:
             f"A row's responses_create_params.metadata.extra_body is not a JSON object in a string: {given!r}."
         ) from error
     tagged = {**metadata, "extra_body": orjson.dumps(extra_body).decode()}
-    return {**row, "responses_create_params": {**params, "metadata": tagged}}
+    return {**row, "responses_create_params": {**params, "metadata": tagged}, GYMS_ROLLOUT_FIELD: rollout_id}

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gymlink.align import build_segments
+from gymlink.align import RolloutRecord, build_segments
 from gymlink.config import AlignmentSettings
 from gymlink.gateway import OpenRollout
-from gymlink.types import RolloutStatus, Segment, Turn
+from gymlink.rollout.response import Item, answers_from_the_end, carried_ids, output_items
+from gymlink.types import ForkCause, RolloutStatus, Segment, TokenIds, Turn
+
+Claim = Callable[[TokenIds, TokenIds], Turn | None]
+"""From the ids of a prompt and of its completion to the turn that sampled them, if there is one to be had."""
 
 FAILED = "failed"
 """The reason under which the sampled tokens of a failed rollout's last attempt are counted."""
@@ -52,27 +56,97 @@ def failed(rollout: OpenRollout, kind: str, detail: str) -> Outcome:
     )
 
 
-def scored(rollout: OpenRollout, answer: Mapping[str, Any], alignment: AlignmentSettings) -> Outcome:
-    """An attempt that Gym answered; it can still turn out as failed, when the answer holds no usable score."""
+def scored(
+    rollout: OpenRollout,
+    answer: Mapping[str, Any],
+    alignment: AlignmentSettings,
+    *,
+    claim: Claim | None = None,
+    strangers: int = 0,
+) -> Outcome:
+    """An attempt that Gym answered; it can still turn out as failed, when the answer holds no usable score.
+
+    Args:
+        rollout: what its calls sampled.
+        answer: Gym's, to `/run`.
+        alignment: what is trained of a rewritten history.
+        claim: takes the turns of a rollout whose calls all came without its id, by the ids on Gym's output items; None
+            where no ids travel through Gym.
+        strangers: calls of the policy that came without a rollout's id meanwhile, whosever they are.
+    """
     if why := _unusable(answer):
         return failed(rollout, *why)
-    turns = rollout.record.turns
-    if not turns:
-        if rollout.overflowed:
-            return failed(rollout, "context_overflow", "The first prompt already exceeds the policy's context.")
-        return failed(rollout, "no_model_call", "The agent answered without calling the policy: nothing to train.")
-    final = _final_turn(turns, _output_items(answer))
+    items = output_items(answer)
+    if turns := rollout.record.turns:
+        return _trained(rollout, answer, alignment, turns, _final_turn(rollout.record, items))
+    if rollout.overflowed:
+        return failed(rollout, "context_overflow", "The first prompt already exceeds the policy's context.")
+    carried = [*dict.fromkeys(carried_ids(items))] if claim is not None else []
+    claimed = [claim(ids.prompt_ids, ids.completion_ids) for ids in carried] if claim is not None else []
+    known = [turn for turn in claimed if turn is not None]
+    if len(known) < len(carried):
+        return failed(rollout, "alignment", _why_not_claimed(len(known), len(carried)))
+    if not known:
+        return failed(rollout, "no_model_call", _why_no_call(strangers, capture=claim is None))
+    return _trained(rollout, answer, alignment, _chained(known), len(known) - 1)
+
+
+def _trained(
+    rollout: OpenRollout, answer: Mapping[str, Any], alignment: AlignmentSettings, turns: Sequence[Turn], final: int
+) -> Outcome:
     segments, dropped = build_segments(turns, on_history_rewrite=alignment.on_history_rewrite, last_turn=final)
     cut = turns[final].finish_reason == "length" or rollout.overflowed
     return Outcome(
         status=RolloutStatus.TRUNCATED if cut or _says_truncated(answer) else RolloutStatus.COMPLETED,
         reward=float(answer["reward"]),
         segments=segments,
-        turns=turns,
+        turns=tuple(turns),
         sampled_tokens=rollout.sampled_tokens,
         seconds_in_model=rollout.seconds_in_model,
         dropped=dict(Counter(dropped) + rollout.undelivered),
         response=answer,
+    )
+
+
+def _chained(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns of which only the ids are known, each with the longest one before it that its prompt starts with."""
+    chained: list[Turn] = []
+    held: list[TokenIds] = []
+    for turn in turns:
+        extended = [index for index, ids in enumerate(held) if turn.prompt_ids[: len(ids)] == ids]
+        parent = max(extended, key=lambda index: len(held[index]), default=None)
+        cause = _why_no_parent(turn, chained) if chained and parent is None else None
+        chained.append(replace(turn, parent=parent, cause=cause))
+        held.append(turn.prompt_ids + turn.completion_ids)
+    return chained
+
+
+def _why_no_parent(turn: Turn, before: Sequence[Turn]) -> ForkCause:
+    """The likeliest cause: what the messages were is not known any more."""
+    if any(turn.prompt_ids == one.prompt_ids for one in before):
+        return ForkCause.RESTARTED
+    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in before)
+    return ForkCause.COMPACTED if len(turn.prompt_ids) < longest else ForkCause.EDITED
+
+
+def _why_no_call(strangers: int, *, capture: bool) -> str:
+    if not strangers:
+        return "The agent answered without calling the policy: nothing to train."
+    told = f"No call of the policy named this rollout; {strangers} came without an id while it ran"
+    passed_on = "or have the agent pass on responses_create_params.metadata"
+    if capture:
+        return f"{told}. Set gateway.token_ids: messages, {passed_on}."
+    return (
+        f"{told}, and Gym's output items carry no token ids. Set return_token_id_information: true for the "
+        f"policy_model of your configuration, {passed_on}."
+    )
+
+
+def _why_not_claimed(known: int, carried: int) -> str:
+    return (
+        f"No call of the policy named this rollout. Of the {carried} whose token ids are on Gym's output items, "
+        f"{carried - known} are not known to this process: sampled elsewhere (with several processes, an agent has to "
+        "pass on responses_create_params.metadata), another rollout's, or too long ago."
     )
 
 
@@ -87,24 +161,19 @@ def _unusable(answer: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _output_items(answer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    response = answer.get("response")
-    output = response.get("output") if isinstance(response, Mapping) else None
-    return [item for item in output if isinstance(item, Mapping)] if isinstance(output, list) else []
-
-
-def _final_turn(turns: Sequence[Turn], output: Sequence[Mapping[str, Any]]) -> int:
+def _final_turn(record: RolloutRecord, items: Sequence[Item]) -> int:
     """Index of the turn that the final response came from.
 
-    Gym puts each call's ids on the last output item of that call. Where none is there (an agent that drops them),
-    the latest turn is the final one.
+    It is known by its ids where they travel through Gym, else by what it says. An agent may give a response that the
+    policy never said: then the latest turn is the final one.
     """
-    ids = next((item["generation_token_ids"] for item in reversed(output) if item.get("generation_token_ids")), None)
-    if isinstance(ids, list):
+    turns = record.turns
+    for carried in reversed([*carried_ids(items)]):
         for index in range(len(turns) - 1, -1, -1):
-            if list(turns[index].completion_ids) == ids:
+            if turns[index].completion_ids == carried.completion_ids:
                 return index
-    return len(turns) - 1
+    said = (record.turn_of(answer) for answer in answers_from_the_end(items))
+    return next((index for index in said if index is not None), len(turns) - 1)
 
 
 def _says_truncated(answer: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import orjson
 
 from gymlink.gateway.wire import ID_FIELDS
 from gymlink.rollout.figures import Figures
+from gymlink.rollout.response import output_items
 from gymlink.types import Rollout
 
 Detail = Literal["full", "text", "off"]
@@ -80,8 +81,5 @@ class Recorder:
 
 
 def _readable(response: Mapping[str, Any] | None) -> list[Any]:
-    """Gym's output items without the ids that Gym hangs on them: the segments hold those."""
-    inner = (response or {}).get("response")
-    output = inner.get("output") if isinstance(inner, Mapping) else None
-    items = output if isinstance(output, list) else []
-    return [{k: v for k, v in item.items() if k not in ID_FIELDS} for item in items if isinstance(item, Mapping)]
+    """Gym's output items without the ids that Gym may hang on them: the segments hold those."""
+    return [{k: v for k, v in item.items() if k not in ID_FIELDS} for item in output_items(response)]

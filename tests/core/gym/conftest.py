@@ -92,6 +92,11 @@ def running_gym(policy: StubPolicy, tmp_path_factory: pytest.TempPathFactory) ->
     settings = GymSettings(config_paths=CONFIGS, root=ENVIRONMENTS)
     run_dir = tmp_path_factory.mktemp("run with a space")
     with start_gym(
-        settings, policy_base_url=policy.url, policy_api_key=policy.key, run_dir=run_dir, report=print
+        settings,
+        policy_base_url=policy.url,
+        policy_api_key=policy.key,
+        token_ids="messages",
+        run_dir=run_dir,
+        report=print,
     ) as gym:
         yield gym

@@ -12,9 +12,10 @@ from gymlink.config import AlignmentSettings, RolloutSettings
 from gymlink.engines import ScriptedEngine
 from gymlink.errors import ConfigError, EngineError, GymRequestError, RolloutError
 from gymlink.gateway import PolicyService
-from gymlink.gateway.wire import WireError, parse_chat_request
+from gymlink.gateway.wire import ID_FIELDS, WireError
 from gymlink.rollout import Collector
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling
+from policy_calls import chat
 
 Agent = Callable[["FakeGym", Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 
@@ -35,16 +36,16 @@ class FakeGym:
         finally:
             self.running -= 1
 
-    async def ask(self, row: Mapping[str, Any], messages: list[dict[str, Any]], *, read: bool = True) -> dict[str, Any]:
-        """One call of the policy, as Gym's model server makes it; `read` is whether it waits for the answer."""
-        extra = orjson.loads(row["responses_create_params"]["metadata"]["extra_body"])
+    async def ask(
+        self, row: Mapping[str, Any], messages: list[dict[str, Any]], *, read: bool = True, named: bool = True
+    ) -> dict[str, Any]:
+        """One call of the policy, as Gym's model server makes it when it wants ids.
 
-        async def connected() -> bool:
-            return read
-
-        answer = await self.service.chat(parse_chat_request(orjson.dumps({"messages": messages, **extra})), connected)
-        message: dict[str, Any] = answer["choices"][0]["message"]
-        return message
+        `read` is whether it waits for the answer, `named` whether the agent passed on the rollout's id.
+        """
+        extra = orjson.loads(row["responses_create_params"]["metadata"]["extra_body"]) if named else {}
+        asked = {"messages": messages, "logprobs": True, "return_tokens_as_token_ids": True, **extra}
+        return await chat(self.service, asked, read=read)
 
 
 def answer(reward: object, **more: object) -> dict[str, object]:
@@ -70,12 +71,14 @@ def requests(count: int) -> list[RolloutRequest]:
 
 @pytest.fixture
 def build(chat_format):
-    def make(agent: Agent, script=None, latency_s: float = 0.0, **settings: Any) -> tuple[Collector, FakeGym]:
+    def make(
+        agent: Agent, script=None, latency_s: float = 0.0, claims: bool = False, **settings: Any
+    ) -> tuple[Collector, FakeGym]:
         stop = chat_format.stop_token_ids[0]
         engine = ScriptedEngine(script or (lambda prompt: (7, 8, stop)), latency_s=latency_s)
-        service = PolicyService(chat_format, engine, Sampling(max_tokens=16))
+        service = PolicyService(chat_format, engine, Sampling(max_tokens=16), claims=claims)
         gym = FakeGym(service, agent)
-        return Collector(gym, service, RolloutSettings(**settings), AlignmentSettings()), gym
+        return Collector(gym, service, RolloutSettings(**settings), AlignmentSettings(), claims=claims), gym
 
     return make
 
@@ -219,18 +222,94 @@ async def test_all_attempts_share_one_deadline(build) -> None:
     assert rollout.attempts < 5
 
 
-async def test_the_final_branch_is_the_one_whose_ids_the_final_response_carries(build) -> None:
+@pytest.mark.parametrize("carried", [True, False], ids=["by its ids", "by its words"])
+async def test_the_final_branch_is_the_one_that_gave_the_final_response(build, carried: bool) -> None:
     sampled = iter([(7,), (8, 9)])
 
     async def settles_for_the_first(gym: FakeGym, row: Mapping[str, Any]) -> dict[str, object]:
         first = await gym.ask(row, row["responses_create_params"]["input"])
         await gym.ask(row, [{"role": "user", "content": "a better answer?"}])
-        item = {"type": "message", "generation_token_ids": list(first["generation_token_ids"])}
-        return answer(1.0, response={"output": [item]})
+        return answer(1.0, response={"output": [item(first, "other words" if carried else first["content"], carried)]})
 
     collector, _ = build(settles_for_the_first, script=lambda _: next(sampled))
     (rollout,) = (await collector.collect(requests(1))).rollouts
     assert [segment.response_ids for segment in rollout.segments] == [(8, 9), (7,)]
+
+
+async def test_where_the_policy_never_said_the_final_response_the_latest_turn_is_the_final_one(build) -> None:
+    sampled = iter([(7,), (8, 9)])
+
+    async def makes_it_up(gym: FakeGym, row: Mapping[str, Any]) -> dict[str, object]:
+        await gym.ask(row, row["responses_create_params"]["input"])
+        await gym.ask(row, [{"role": "user", "content": "a better answer?"}])
+        return answer(1.0, response={"output": [item({}, "the agent's own words", carried=False)]})
+
+    collector, _ = build(makes_it_up, script=lambda _: next(sampled))
+    (rollout,) = (await collector.collect(requests(1))).rollouts
+    assert [segment.response_ids for segment in rollout.segments] == [(7,), (8, 9)]
+
+
+def item(message: Mapping[str, Any], text: object, carried: bool = True) -> dict[str, Any]:
+    """An output item of Gym's for a message of the policy, with the ids of the call on it."""
+    ids = {name: list(message[name]) for name in ID_FIELDS} if carried else {}
+    return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}], **ids}
+
+
+async def nameless(gym: FakeGym, row: Mapping[str, Any]) -> dict[str, object]:
+    """Two turns whose calls do not name the rollout."""
+    messages, output = list(row["responses_create_params"]["input"]), []
+    for reply in ("go on", "enough"):
+        messages.append(await gym.ask(row, messages, named=False))
+        output.append(item(messages[-1], messages[-1]["content"]))
+        messages.append({"role": "user", "content": reply})
+    return answer(1.0, response={"output": output})
+
+
+async def test_a_rollout_whose_calls_do_not_name_it_is_known_by_the_ids_on_gyms_items(build) -> None:
+    collector, gym = build(nameless, claims=True)
+    batch = await collector.collect(requests(3))
+    for rollout in batch.rollouts:
+        assert rollout.status is RolloutStatus.COMPLETED
+        assert rollout.trained_tokens == rollout.sampled_tokens == 6
+        assert [len(turn.completion_ids) for turn in rollout.turns] == [3, 3]
+        assert rollout.turns[1].prompt_ids[: len(rollout.turns[0].prompt_ids)] == rollout.turns[0].prompt_ids
+    totals = gym.service.totals
+    assert (totals.unattributed_calls, totals.unattributed_tokens, totals.attributed_tokens) == (6, 0, 18)
+
+
+async def test_where_no_ids_travel_such_a_rollout_fails_and_the_setting_is_named(build) -> None:
+    collector, gym = build(nameless, max_failed_fraction=1)
+    (rollout,) = (await collector.collect(requests(1))).rollouts
+    assert rollout.failure == "no_model_call"
+    assert "2 came without an id while it ran" in str(rollout.detail)
+    assert "gateway.token_ids: messages" in str(rollout.detail)
+    assert rollout.sampled_tokens == 0
+    assert gym.service.totals.unattributed_tokens == 6
+
+
+async def test_without_ids_on_gyms_items_the_model_servers_setting_is_named(build) -> None:
+    async def without_ids(gym: FakeGym, row: Mapping[str, Any]) -> dict[str, object]:
+        await nameless(gym, row)
+        return answer(1.0)
+
+    collector, _ = build(without_ids, claims=True, max_failed_fraction=1)
+    (rollout,) = (await collector.collect(requests(1))).rollouts
+    assert rollout.failure == "no_model_call"
+    assert "return_token_id_information: true" in str(rollout.detail)
+
+
+async def test_ids_that_are_anothers_are_not_trained_twice(build) -> None:
+    taken: list[Mapping[str, object]] = []
+
+    async def copies(gym: FakeGym, row: Mapping[str, Any]) -> Mapping[str, object]:
+        taken.append(taken[0] if taken else await nameless(gym, row))
+        return taken[0]
+
+    collector, _ = build(copies, claims=True, concurrency=1, max_failed_fraction=1)
+    honest, copied = (await collector.collect(requests(2))).rollouts
+    assert honest.trained_tokens == 6
+    assert (copied.failure, copied.sampled_tokens) == ("alignment", 0)
+    assert "2 are not known to this process" in str(copied.detail)
 
 
 async def test_an_answer_that_nobody_read_is_dropped_and_counted(build) -> None:
