@@ -32,9 +32,9 @@ class Engine(Protocol):
         """Sample after `prompt_ids` until one of `stop_token_ids`, `sampling.max_tokens` or the context's end.
 
         `stop_token_ids` say it all: where an engine can, the model's own end-of-sequence tokens end nothing unless they
-        are among them. The token that ended a generation is the last of the returned ids, whatever it is. Cancelling the call cancels the generation.
-        `rollout_id` names who asks: an engine with several replicas keeps the calls of one rollout on one of them,
-        where their common prefix is cached. A rollout may have several calls at a time.
+        are among them. The token that ended a generation is the last of the returned ids, whatever it is. Cancelling
+        the call cancels the generation. `rollout_id` names who asks: an engine with several replicas keeps the calls of
+        one rollout on one of them, where their common prefix is cached. A rollout may have several calls at a time.
         """
 
     async def aclose(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gymlink.engines import Engine, EnginePool, ScriptedEngine, SglangEngine, VllmEngine
+from gymlink.engines import Engine, EnginePool, ScriptedEngine, ServedEngine, SglangEngine, VllmEngine
 from gymlink.hookspecs import EngineRequest
 from gymlink.types import TokenIds
 
@@ -14,7 +14,7 @@ DEFAULT_REPLY = "This is a scripted reply."
 def make_vllm(request: EngineRequest) -> Engine:
     """Samples on one or several `vllm serve`."""
 
-    def replica(url: str) -> Engine:
+    def replica(url: str) -> ServedEngine:
         return VllmEngine(url, api_key=request.api_key, max_context=request.max_context)
 
     return _pooled(request, replica)
@@ -23,15 +23,15 @@ def make_vllm(request: EngineRequest) -> Engine:
 def make_sglang(request: EngineRequest) -> Engine:
     """Samples on one or several SGLang servers."""
 
-    def replica(url: str) -> Engine:
+    def replica(url: str) -> ServedEngine:
         return SglangEngine(url, api_key=request.api_key, max_context=request.max_context)
 
     return _pooled(request, replica)
 
 
-def _pooled(request: EngineRequest, replica: Callable[[str], Engine]) -> Engine:
-    engines = [replica(url) for url in request.urls]
-    return engines[0] if len(engines) == 1 else EnginePool(engines)
+def _pooled(request: EngineRequest, replica: Callable[[str], ServedEngine]) -> Engine:
+    # One alone too: the pool notices that it has hung or is ending, and that it came back without its weights.
+    return EnginePool([replica(url) for url in request.urls])
 
 
 def make_scripted(request: EngineRequest) -> Engine:
