@@ -13,7 +13,7 @@ import orjson
 from pydantic import BaseModel, Field, StrictStr
 
 from gymlink.gateway.call import Answer, Call, Thread, shown_tools
-from gymlink.gateway.wire import Request, invalid, objects, text_field
+from gymlink.gateway.wire import Request, dumped, invalid, objects, text_field
 from gymlink.types import Message, Tool
 
 _BILLING = "x-anthropic-billing-header:"
@@ -46,7 +46,7 @@ class MessagesRequest(Request):
 
     model: StrictStr | None = None
     messages: list[dict[str, Any]] = Field(min_length=1)
-    system: str | list[dict[str, Any]] | None = None
+    system: Any = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: _Choice | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -158,11 +158,11 @@ def _input(arguments: str) -> dict[str, Any]:
     return read if isinstance(read, dict) else {_UNREAD: arguments}
 
 
-def _arguments(given: Mapping[str, Any]) -> str:
+def _arguments(given: Mapping[str, Any], where: str) -> str:
     """The other way round: a call's arguments as JSON text."""
     if given.keys() == {_UNREAD} and isinstance(given[_UNREAD], str):
         return str(given[_UNREAD])
-    return orjson.dumps(given).decode()
+    return dumped(given, where)
 
 
 def _function_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
@@ -170,7 +170,7 @@ def _function_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
     made: list[Tool] = []
     for index, tool in enumerate(tools):
         where = f"tools.{index}"
-        if tool.get("type") not in {None, "custom"}:
+        if tool.get("type") not in (None, "custom"):
             raise invalid(
                 f"{where}.type {tool.get('type')!r} is not supported: this gateway knows none of Anthropic's own "
                 "tools. Give tools with a name and an input_schema, which the agent calls.",
@@ -183,8 +183,9 @@ def _function_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
     return made
 
 
-def _system(system: str | Sequence[Mapping[str, Any]] | None) -> list[Message]:
-    text = system if isinstance(system, str) else _text(system or [], "system", leave_out=_BILLING)
+def _system(system: Any) -> list[Message]:
+    """The system prompt, a text or blocks."""
+    text = system if isinstance(system, str) else _text(objects(system, "system"), "system", leave_out=_BILLING)
     return [{"role": "system", "content": text}] if text else []
 
 
@@ -230,7 +231,8 @@ def _read_answer(blocks: Sequence[Mapping[str, Any]], where: str) -> Message:
                 given = block.get("input")
                 if not isinstance(given, dict):
                     raise invalid(f"{place}.input: an object is needed.", f"{place}.input")
-                function = {"name": text_field(block, "name", place), "arguments": _arguments(given)}
+                arguments = _arguments(given, f"{place}.input")
+                function = {"name": text_field(block, "name", place), "arguments": arguments}
                 calls.append({"id": text_field(block, "id", place), "type": "function", "function": function})
             case _:
                 texts.append(block)

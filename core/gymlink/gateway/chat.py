@@ -178,7 +178,7 @@ def _checked_messages(messages: Sequence[Message]) -> Sequence[Message]:
         content = message.get("content")
         if not isinstance(content, str | None):
             for place, part in enumerate(objects(content, f"{where}.content")):
-                if part.get("type") in {"text", None}:
+                if part.get("type") in ("text", None):
                     text_field(part, "text", f"{where}.content.{place}", needed=False)
         for name in ("audio", "function_call", "refusal"):
             if message.get(name):
@@ -191,6 +191,7 @@ def _checked_messages(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _check_call(call: Mapping[str, Any], where: str) -> None:
+    text_field(call, "id", where, needed=False)
     function = call.get("function")
     if not isinstance(function, dict):
         raise invalid(f"{where}.function: an object is needed.", f"{where}.function")

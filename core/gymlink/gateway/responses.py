@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, StrictStr
 
 from gymlink.gateway.call import Answer, Call, Thread, shown_tools
-from gymlink.gateway.wire import Request, invalid, objects, text_field
+from gymlink.gateway.wire import Request, dumped, invalid, objects, text_field
 from gymlink.types import Message, Tool
 
 _ID = "resp_"
@@ -38,12 +38,12 @@ class ResponsesRequest(Request):
     """A request for a response, as far as this gateway honours it."""
 
     harmless: ClassVar[frozenset[str]] = frozenset(
-        {"metadata", "parallel_tool_calls", "user", "service_tier", "safety_identifier", "stream_options"}
+        {"parallel_tool_calls", "user", "service_tier", "safety_identifier", "stream_options"}
         | {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
     )
 
     model: StrictStr | None = None
-    input: str | list[dict[str, Any]]
+    input: Any
     instructions: StrictStr | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
@@ -56,6 +56,7 @@ class ResponsesRequest(Request):
     background: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
     include: list[StrictStr] | None = None
+    metadata: dict[StrictStr, StrictStr] | None = None
     store: bool | None = None
     stream: bool | None = None
 
@@ -64,7 +65,8 @@ class ResponsesRequest(Request):
         for name in self.include or ():
             if name not in _INCLUDED:
                 raise invalid(f"include {name!r} is not supported by this gateway; leave it out.", "include")
-        items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        text = isinstance(self.input, str)
+        items = [{"role": "user", "content": self.input}] if text else objects(self.input, "input")
         thread = (*self._continued(threads), *_messages(items))
         leading = ({"role": "system", "content": self.instructions},) if self.instructions else ()
         if not thread:
@@ -125,7 +127,7 @@ class ResponsesRequest(Request):
             "tools": self.tools or [],
             "text": {"format": {"type": "text"}},
             "truncation": "disabled",
-            "metadata": (self.model_extra or {}).get("metadata") or {},
+            "metadata": self.metadata or {},
             **more,
         }
 
@@ -190,6 +192,7 @@ def _begun(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def _function_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
     """Tools in chat-completions form. `strict` asks for constrained sampling, which no policy here is trained with."""
+    dumped(tools, "tools")  # an answer repeats them
     made: list[Tool] = []
     for index, tool in enumerate(tools):
         where = f"tools.{index}"

@@ -121,6 +121,14 @@ def text_field(item: Mapping[str, Any], name: str, where: str, *, needed: bool =
     return value
 
 
+def dumped(value: Any, where: str) -> str:
+    """`value`, which came in a body, as JSON text. Raises `WireError` 400 for more levels than can be written."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError as error:
+        raise invalid(f"{where} is nested too deeply.", where) from error
+
+
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """`content` as JSON."""
     return Response(orjson.dumps(content), status, headers, media_type="application/json")

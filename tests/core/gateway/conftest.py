@@ -40,7 +40,7 @@ class Client:
 
 @pytest.fixture
 async def gateway(chat_format) -> AsyncIterator[Any]:
-    """`await gateway(script, ...)` is a client of one more gateway. The script defaults to "Hi"."""
+    """`await gateway(script, ...)` is a client of one more gateway. The script defaults to two ids and a stop token."""
     running: list[GatewayServer] = []
     stop = chat_format.stop_token_ids[0]
 
