@@ -36,6 +36,41 @@ async def test_an_agent_that_drops_the_ids_is_still_exact(gateway) -> None:
     assert [turn.parent for turn in rollout.record.turns] == [None, 0]
 
 
+async def test_a_required_prefix_is_proven_by_the_prompt_that_comes_back(gateway) -> None:
+    client = await gateway()
+    client.service.open("0.a")
+    _, first = await client.chat([USER], "0.a")
+    message = first["choices"][0]["message"]
+    held = message["prompt_token_ids"] + message["generation_token_ids"]
+    # The agent's own words for what was said differ; whoever kept the ids knows which turn it was.
+    history = [USER, {"role": "assistant", "content": "in other words"}, USER]
+    body = {"messages": history, "gymlink_rollout": "0.a", "required_prefix_token_ids": held}
+    status, second = await client.post("/v1/chat/completions", body)
+    assert status == 200
+    assert second["choices"][0]["message"]["prompt_token_ids"][: len(held)] == held
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda held: [*held[:-1], held[-1] + 1], "where"),
+        (lambda held: [*held, 1, 2, 3] * 40, "is required"),
+        (lambda held: [7], "at position 0"),
+    ],
+)
+async def test_a_required_prefix_that_is_not_the_prompts_is_refused(gateway, change: Any, said: str) -> None:
+    client = await gateway()
+    client.service.open("0.a")
+    _, first = await client.chat([USER], "0.a")
+    message = first["choices"][0]["message"]
+    required = change(message["prompt_token_ids"] + message["generation_token_ids"])
+    history = [USER, {"role": "assistant", "content": message["content"]}, USER]
+    status, body = await client.chat(history, "0.a", required_prefix_token_ids=required)
+    assert (status, body["error"]["param"]) == (400, "required_prefix_token_ids")
+    assert said in body["error"]["message"]
+    assert len(client.service.engine.calls) == 1
+
+
 async def test_every_call_but_health_needs_the_secret(gateway) -> None:
     client = await gateway()
     for path in ("/v1/chat/completions", "/tokenize", "/v1/tokenize"):

@@ -13,7 +13,17 @@ from aiohttp import web
 
 from gymlink.config import GatewaySettings
 from gymlink.engines import ScriptedEngine
-from gymlink.gateway import GatewayServer, OpenRollout, PolicyService, Router, agent_url, create_app, create_front
+from gymlink.gateway import (
+    GatewayServer,
+    OpenRollout,
+    PolicyService,
+    Router,
+    agent_url,
+    create_app,
+    create_front,
+    rollout_key,
+    rollout_path,
+)
 from gymlink.types import Sampling
 
 SECRET = "s3cret"
@@ -24,10 +34,10 @@ FRONT = -1
 class Worker:
     """A gateway as a worker of the job has one. What it says first is `letter`."""
 
-    def __init__(self, chat_format: Any, letter: str, **options: Any) -> None:
+    def __init__(self, chat_format: Any, letter: str, hold_s: float = 30, **options: Any) -> None:
         said = (ord(letter), chat_format.stop_token_ids[0])
         self.engine = ScriptedEngine(lambda _: said, **options)
-        self.service = PolicyService(chat_format, self.engine, Sampling(max_tokens=8))
+        self.service = PolicyService(chat_format, self.engine, Sampling(max_tokens=8), hold_s=hold_s)
         self.server = GatewayServer(create_app(self.service, SECRET), GatewaySettings())
         self.said = said
 
@@ -165,6 +175,51 @@ async def test_so_do_its_tokens(front: Front, enlist, path: str) -> None:
     assert status == 200
     _, chat = await front.chat("0.x")
     assert answer["tokens"] == chat["choices"][0]["message"]["prompt_token_ids"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+async def test_a_rollout_may_be_named_by_path_or_key(front: Front, enlist, path: str, stream: bool) -> None:
+    worker = await enlist("a")
+    (rollout,) = worker.open("0.x")
+    body = {"input": "hi"} if path.endswith("responses") else {"messages": [USER]}
+    sent = orjson.dumps({**body, "stream": stream})
+    url, key = front.server.url, rollout_key(SECRET, "0.x")
+    for where, secret in [(rollout_path("0.x", path), SECRET), (path, key), (rollout_path("0.x", path), key)]:
+        async with front.http.post(url + where, data=sent, headers={"Authorization": f"Bearer {secret}"}) as answer:
+            text = await answer.text()
+            assert answer.status == 200, text
+            assert answer.content_type == ("text/event-stream" if stream else "application/json")
+            assert ("data: " in text) == stream
+    assert len(rollout.record.turns) == 3
+    status, answer = await front.post(rollout_path("0.y", path), {**body, "stream": stream}, key)
+    assert (status, "more than one rollout" in answer["error"]["message"]) == (400, True)
+
+
+async def test_a_rollouts_key_opens_no_agent(front: Front, enlist, agent: Agent) -> None:
+    worker = await enlist("a")
+    worker.open("0.x")
+    front.agents["mine"] = f"{agent.url}/well"
+    status, answer = await front.post("/agents/mine/run", {}, rollout_key(SECRET, "0.x"))
+    assert (status, answer["error"]["type"]) == (404, "not_found_error")
+    assert not agent.asked
+
+
+async def test_the_models_of_a_rollout_are_its_workers(front: Front, enlist) -> None:
+    await enlist("a")
+    headers = {"Authorization": f"Bearer {rollout_key(SECRET, '0.x')}"}
+    async with front.http.get(front.server.url + "/v1/models", headers=headers) as answer:
+        assert (answer.status, (await answer.json())["data"][0]["id"]) == (200, "policy")
+
+
+async def test_a_pause_of_the_worker_is_passed_back_with_when_to_try_again(front: Front, enlist) -> None:
+    worker = await enlist("a", hold_s=0.05)
+    worker.open("0.x")
+    worker.service.pause()
+    headers = {"Authorization": f"Bearer {SECRET}"}
+    body = {"messages": [USER], "gymlink_rollout": "0.x"}
+    async with front.http.post(front.server.url + "/v1/chat/completions", json=body, headers=headers) as answer:
+        assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
 
 
 async def test_what_the_worker_refuses_is_passed_back(front: Front, enlist) -> None:
