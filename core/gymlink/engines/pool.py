@@ -126,6 +126,7 @@ class EnginePool:
 
     async def load_weights(self, path: str, version: int) -> None:
         """Load the same weights into every replica at once; one that is down gets them before it comes back."""
+        self._start_watch()
         async with self._updating:  # none may come back with the old ones meanwhile
             there = self._there()
             results = await asyncio.gather(
