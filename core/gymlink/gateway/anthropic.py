@@ -13,11 +13,15 @@ import orjson
 from pydantic import BaseModel, Field, StrictStr
 
 from gymlink.gateway.call import Answer, Call, Thread, shown_tools
-from gymlink.gateway.wire import Request, dumped, invalid, objects, text_field
+from gymlink.gateway.wire import Request, dumped, invalid, objects, refuse_others, text_field
 from gymlink.types import Message, Tool
 
 _BILLING = "x-anthropic-billing-header:"
 """Claude Code opens its system prompt with a block of this name, whose checksum differs in every request."""
+
+_TOOL_FIELDS = frozenset(
+    {"type", "name", "description", "input_schema", "cache_control", "strict", "eager_input_streaming"}
+)
 
 _UNREAD = "unread_arguments"
 """The input of a call whose arguments are no JSON object, which is all that an input may be."""
@@ -45,19 +49,20 @@ class MessagesRequest(Request):
     )
 
     model: StrictStr | None = None
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Any
     system: Any = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Any = None
     tool_choice: _Choice | None = None
     max_tokens: int | None = Field(None, ge=1)
     output_config: _OutputConfig | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    context_management: dict[str, Any] | None = None
     stream: bool | None = None
 
     def call(self, threads: Mapping[str, Thread]) -> Call:  # noqa: ARG002 - a message names no earlier answer
         """See `gymlink.gateway.call.Asked`."""
         messages = [*_system(self.system)]
-        for index, message in enumerate(self.messages):
+        for index, message in enumerate(objects(self.messages, "messages")):
             messages += _read(message, f"messages.{index}")
         if not messages:
             raise invalid("messages: none of them has any content.", "messages")
@@ -66,10 +71,11 @@ class MessagesRequest(Request):
             args["reasoning_effort"] = self.output_config.effort
         if messages[-1]["role"] == "assistant":
             args["continue_final_message"] = True  # what Anthropic does with a last message of the assistant
+        _check_edits(self.context_management or {})
         choice = self.tool_choice.type if self.tool_choice else None
         return Call(
             messages=messages,
-            tools=shown_tools(_function_tools(self.tools or ()), choice),
+            tools=shown_tools(_function_tools(objects(self.tools, "tools")), choice),
             template_args=args,
             token_limit=self.max_tokens,
         )
@@ -166,7 +172,7 @@ def _arguments(given: Mapping[str, Any], where: str) -> str:
 
 
 def _function_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
-    """Tools in chat-completions form."""
+    """Tools in chat-completions form. `strict` asks for constrained sampling, which no policy here is trained with."""
     made: list[Tool] = []
     for index, tool in enumerate(tools):
         where = f"tools.{index}"
@@ -176,11 +182,20 @@ def _function_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
                 "tools. Give tools with a name and an input_schema, which the agent calls.",
                 f"{where}.type",
             )
+        refuse_others(tool, _TOOL_FIELDS, f"{where}.")
         function = {"name": text_field(tool, "name", where)}
         if description := text_field(tool, "description", where, needed=False):
             function["description"] = description
         made.append({"type": "function", "function": {**function, "parameters": tool.get("input_schema") or {}}})
     return made
+
+
+def _check_edits(context_management: Mapping[str, Any]) -> None:
+    """What Anthropic's servers would take out of the history is the agent's to take out here."""
+    where = "context_management.edits"
+    for index, edit in enumerate(objects(context_management.get("edits"), where)):
+        if edit.get("keep") != "all":
+            raise invalid(f"{where}.{index} is not supported: this gateway takes nothing out of a history.", where)
 
 
 def _system(system: Any) -> list[Message]:

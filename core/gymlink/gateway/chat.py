@@ -28,8 +28,8 @@ class _Prompt(Request):
     """What a prompt is made of."""
 
     model: StrictStr | None = None
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: Any
+    tools: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
@@ -170,24 +170,36 @@ def _usage(turn: Turn) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _checked_messages(messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages, if each is one. A field that would be lost is refused; null and absent are the same."""
-    for index, message in enumerate(messages):
-        where = f"messages.{index}"
-        text_field(message, "role", where)
-        content = message.get("content")
-        if not isinstance(content, str | None):
-            for place, part in enumerate(objects(content, f"{where}.content")):
-                if part.get("type") in ("text", None):
-                    text_field(part, "text", f"{where}.content.{place}", needed=False)
-        for name in ("audio", "function_call", "refusal"):
-            if message.get(name):
-                raise invalid(f"{where}.{name} is not supported by this gateway.", f"{where}.{name}")
-        text_field(message, "tool_call_id", where, needed=False)
-        text_field(message, "name", where, needed=False)
-        for place, call in enumerate(objects(message.get("tool_calls"), f"{where}.tool_calls")):
-            _check_call(call, f"{where}.tool_calls.{place}")
-    return messages
+_PLAIN = frozenset({"role", "content", "tool_call_id", "name"})
+
+
+def _checked_messages(messages: Any) -> Sequence[Message]:
+    """The messages, if each is one."""
+    checked = objects(messages, "messages")
+    if not checked:
+        raise invalid("messages: at least one is needed.", "messages")
+    for index, message in enumerate(checked):
+        texts = message.keys() <= _PLAIN and {*map(type, message.values())} == {str}
+        if not texts or not message.get("role"):  # a long history is mostly texts, and seen in every turn
+            _check_message(message, f"messages.{index}")
+    return checked
+
+
+def _check_message(message: Message, where: str) -> None:
+    """A field that would be lost is refused; null and absent are the same."""
+    text_field(message, "role", where)
+    content = message.get("content")
+    if not isinstance(content, str | None):
+        for place, part in enumerate(objects(content, f"{where}.content")):
+            if part.get("type") in ("text", None):
+                text_field(part, "text", f"{where}.content.{place}", needed=False)
+    for name in ("audio", "function_call", "refusal"):
+        if message.get(name):
+            raise invalid(f"{where}.{name} is not supported by this gateway.", f"{where}.{name}")
+    text_field(message, "tool_call_id", where, needed=False)
+    text_field(message, "name", where, needed=False)
+    for place, call in enumerate(objects(message.get("tool_calls"), f"{where}.tool_calls")):
+        _check_call(call, f"{where}.tool_calls.{place}")
 
 
 def _check_call(call: Mapping[str, Any], where: str) -> None:
@@ -200,12 +212,13 @@ def _check_call(call: Mapping[str, Any], where: str) -> None:
         raise invalid(f"{where}.function.arguments: JSON text is needed.", f"{where}.function.arguments")
 
 
-def _checked_tools(tools: Sequence[Tool] | None) -> Sequence[Tool]:
-    for index, tool in enumerate(tools or ()):
+def _checked_tools(tools: Any) -> Sequence[Tool]:
+    checked = objects(tools, "tools")
+    for index, tool in enumerate(checked):
         where = f"tools.{index}"
         if tool.get("type") != "function":
             raise invalid(f"{where}.type {tool.get('type')!r} is not supported: use 'function'.", f"{where}.type")
         if not isinstance(tool.get("function"), dict):
             raise invalid(f"{where}.function: an object is needed.", f"{where}.function")
         text_field(tool["function"], "name", f"{where}.function")
-    return tools or ()
+    return checked

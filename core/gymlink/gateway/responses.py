@@ -14,12 +14,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, StrictStr
 
 from gymlink.gateway.call import Answer, Call, Thread, shown_tools
-from gymlink.gateway.wire import Request, dumped, invalid, objects, text_field
+from gymlink.gateway.wire import Request, dumped, invalid, objects, refuse_others, text_field
 from gymlink.types import Message, Tool
 
 _ID = "resp_"
 _INCLUDED = frozenset({"reasoning.encrypted_content"})
 """What may be asked to be included: reasoning is told in plain, so there is nothing encrypted to add."""
+
+_TOOL_FIELDS = frozenset({"type", "name", "description", "parameters", "strict"})
 
 
 class _TextFormat(BaseModel):
@@ -45,7 +47,7 @@ class ResponsesRequest(Request):
     model: StrictStr | None = None
     input: Any
     instructions: StrictStr | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Any = None
     tool_choice: Any = None
     max_output_tokens: int | None = Field(None, ge=1)
     previous_response_id: StrictStr | None = None
@@ -74,7 +76,7 @@ class ResponsesRequest(Request):
         effort = self.reasoning.effort if self.reasoning else None
         return Call(
             messages=(*leading, *thread),
-            tools=shown_tools(_function_tools(self.tools or ()), self.tool_choice),
+            tools=shown_tools(_function_tools(objects(self.tools, "tools")), self.tool_choice),
             template_args={**({"reasoning_effort": effort} if effort else {}), **(self.chat_template_kwargs or {})},
             token_limit=self.max_output_tokens,
             thread=None if self.store is False else thread,
@@ -202,6 +204,7 @@ def _function_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
                 "'function' tools, which the agent calls.",
                 f"{where}.type",
             )
+        refuse_others(tool, _TOOL_FIELDS, f"{where}.")
         text_field(tool, "name", where)
         function = {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key) is not None}
         made.append({"type": "function", "function": function})

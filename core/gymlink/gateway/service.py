@@ -20,7 +20,7 @@ from gymlink.gateway.recognise import not_open
 from gymlink.gateway.rollouts import OpenRollout, OpenRollouts, RolloutClosedError
 from gymlink.gateway.strangers import Strangers
 from gymlink.gateway.unclaimed import Unclaimed
-from gymlink.gateway.wire import WireError, hung_up, invalid
+from gymlink.gateway.wire import OVERFLOW, WireError, hung_up, invalid
 from gymlink.types import Generation, Sampling, TokenIds, Turn
 
 POLICY = "policy"
@@ -203,7 +203,7 @@ class PolicyService:
             raise not_open(rollout.record.rollout_id) from error
         except ContextOverflowError as error:
             rollout.overflowed = True
-            raise WireError(400, str(error), kind="context_length_exceeded", param="messages") from error
+            raise WireError(400, str(error), kind=OVERFLOW, param="messages") from error
         except EngineError as error:
             rollout.engine_error = str(error)
             raise WireError(500, str(error), kind="engine_error") from error

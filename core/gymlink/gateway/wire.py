@@ -7,6 +7,7 @@ refused by name, because a field that is ignored silently changes what is traine
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar, Self, TypeVar
 
 import orjson
@@ -23,6 +24,7 @@ PINNED = frozenset({"temperature", "top_p", "top_k", "min_p", "seed", "frequency
 """How to sample is the trainer's to say: an agent's own values would bias the importance ratios."""
 
 INVALID = "invalid_request_error"
+OVERFLOW = "context_length_exceeded"
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -51,7 +53,10 @@ def hung_up() -> WireError:
 
 
 class Request(BaseModel):
-    """The base of every dialect's requests: a declared field is honoured, and refuses values that cannot be."""
+    """The base of every dialect's requests: a declared field is honoured, and refuses values that cannot be.
+
+    What grows with the conversation is declared as `Any` and checked where it is read, once and without a copy.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -62,15 +67,17 @@ class Request(BaseModel):
     def read(cls, body: Mapping[str, Any]) -> Self:
         """Raises `WireError` 400 naming what is wrong, or which field is not supported."""
         request = checked(cls, body)
-        for name, value in (request.model_extra or {}).items():
-            if (
-                value not in (None, [], {})
-                and name not in PINNED
-                and name not in cls.harmless
-                and name != ROLLOUT_FIELD
-            ):
-                raise invalid(f"The request field {name!r} is not supported by this gateway; leave it out.", name)
+        refuse_others(request.model_extra or {}, PINNED | cls.harmless | {ROLLOUT_FIELD})
         return request
+
+
+def refuse_others(item: Mapping[str, Any], known: AbstractSet[str], where: str = "") -> None:
+    """Raises `WireError` 400 for a field that is not known and has a value; `where` ends with a dot, or is empty."""
+    for name, value in item.items():
+        if name not in known and value not in (None, [], {}):
+            raise invalid(
+                f"The request field {where + name!r} is not supported by this gateway; leave it out.", where + name
+            )
 
 
 def decode(body: bytes | bytearray) -> dict[str, Any]:
@@ -158,9 +165,12 @@ _ANTHROPIC_KINDS = {
 
 def error_response(error: WireError, path: str = "") -> Response:
     """An error in OpenAI's shape; for Anthropic's paths, in one that both read."""
-    told = {"message": str(error), "type": error.kind, "param": error.param, "code": error.status}
+    told: dict[str, Any] = {"message": str(error), "type": error.kind, "param": error.param, "code": error.status}
     body: dict[str, Any] = {"error": told}
     if "/v1/messages" in path:
-        body = {"type": "error", "error": {**told, "type": _ANTHROPIC_KINDS.get(error.status, "api_error")}}
+        told["type"] = _ANTHROPIC_KINDS.get(error.status, "api_error")
+        if error.kind == OVERFLOW:
+            told["message"] = f"prompt is too long: {error}"  # the words by which agents know that they must compact
+        body["type"] = "error"
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return json_response(body, error.status, headers)

@@ -38,7 +38,8 @@ def text(value: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "param", "told"),
     [
-        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": []}, "messages", "none of them has any content"),
+        ({"messages": "hi"}, "messages", "a list is needed, not str"),
         ({"messages": [said()]}, "messages", "none of them has any content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'tool' is not supported"),
         ({"messages": [said({"type": "image"})]}, "messages.0.content", "'image' is not supported"),
@@ -59,6 +60,12 @@ def text(value: str) -> dict[str, Any]:
         ({"tool_choice": {"type": "any"}}, "tool_choice", "use 'auto' or 'none'"),
         ({"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice", "use 'auto' or 'none'"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools.0.type", "none of Anthropic's own"),
+        ({"tools": [{"name": "f", "defer_loading": True}]}, "tools.0.defer_loading", "not supported"),
+        (
+            {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
+            "context_management.edits",
+            "takes nothing out",
+        ),
         ({"mcp_servers": [{}]}, "mcp_servers", "not supported"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format", "None"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
@@ -80,6 +87,8 @@ def test_what_is_harmless_is_passed_over() -> None:
         cache_control={"type": "ephemeral"},
         temperature=0.1,
         mcp_servers=[],
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        tools=[{"name": "f", "type": "custom", "cache_control": {"type": "ephemeral"}, "strict": True}],
     ).call({})
 
 
@@ -163,6 +172,13 @@ def test_a_stream_tells_each_block() -> None:
     assert events[0][1]["message"]["content"] == []
     assert events[-2][1]["delta"]["stop_reason"] == whole["stop_reason"]
     assert events[-1][0] == "message_stop"
+
+
+async def test_an_overflow_is_told_in_the_words_by_which_agents_know_it(gateway) -> None:
+    client = await gateway(max_context=3)
+    status, body = await client.post("/v1/messages", {"messages": [USER], "max_tokens": 5})
+    assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+    assert body["error"]["message"].startswith("prompt is too long: This model's maximum context length is 3 tokens")
 
 
 async def test_an_error_is_read_by_both_kinds_of_clients(gateway) -> None:

@@ -32,7 +32,8 @@ def refusal(**fields: object) -> WireError:
 @pytest.mark.parametrize(
     ("fields", "param", "said"),
     [
-        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": []}, "messages", "at least one is needed"),
+        ({"messages": "hi"}, "messages", "a list is needed, not str"),
         ({"n": 2}, "n", "Input should be 1"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_completion_tokens": -1}, "max_completion_tokens", "greater than or equal to 1"),
@@ -59,6 +60,7 @@ def test_what_is_not_honoured_is_refused_by_name(fields: dict[str, Any], param: 
     ("message", "param"),
     [
         ({"content": "hi"}, "messages.0.role"),
+        ({"role": ""}, "messages.0.role"),
         ({"role": 5}, "messages.0.role"),
         ({"role": "user", "content": 5}, "messages.0.content"),
         ({"role": "user", "content": [5]}, "messages.0.content.0"),

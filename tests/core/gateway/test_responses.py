@@ -40,6 +40,11 @@ def read(*items: Any, **fields: object) -> list[Any]:
         ({"include": ["message.output_text.logprobs"]}, "include", "not supported"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.type", "Input should be 'text'"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "runs no tools of its own"),
+        (
+            {"tools": [{"type": "function", "name": "f", "defer_loading": True}]},
+            "tools.0.defer_loading",
+            "not supported",
+        ),
         ({"tool_choice": "required"}, "tool_choice", "use 'auto' or 'none'"),
         ({"previous_response_id": "resp_x"}, "previous_response_id", "not found"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type", "'item_reference' is not supported"),
