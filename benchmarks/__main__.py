@@ -10,7 +10,7 @@ import importlib
 import time
 from pathlib import Path
 
-from report import Result, times, write_result, write_table
+from report import Result, check_page, times, write_result, write_table
 from rich.console import Console
 from rich.table import Table
 
@@ -21,12 +21,18 @@ NAMES = ("turn_cost", "capture_payload", "capture_gym", "in_flight", "gym_throug
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"run only these of {', '.join(NAMES)}")
-    parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it runs; the figures mean nothing")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the JSON files go")
-    parser.add_argument("--readme", type=Path, help="the page with the table; by default README.md, after all have run")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny sizes, whose figures mean nothing: shows that it runs"
+    )
+    parser.add_argument("--results", type=Path, help="where the JSON files go; by default results/, but for --small")
+    parser.add_argument("--readme", type=Path, help="the page with the table; by default README.md when all are run")
     asked = parser.parse_args()
     if unknown := [name for name in asked.names if name not in NAMES]:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
+    folder = asked.results or (None if asked.small else HERE / "results")
+    page = asked.readme or (None if asked.small or asked.names else HERE.parent / "README.md")
+    if page is not None:
+        check_page(page)
 
     console = Console()
     results = []
@@ -34,10 +40,11 @@ def main() -> None:
         started = time.monotonic()
         result: Result = importlib.import_module(name).run(small=asked.small)
         results.append(result)
-        write_result(asked.results, name, result)
+        if folder is not None:
+            write_result(folder, name, result)
         show(console, f"{name} ({time.monotonic() - started:.0f} s)", result)
-    if asked.readme or not asked.names:
-        write_table(asked.readme or HERE.parent / "README.md", results)
+    if page is not None:
+        write_table(page, results)
 
 
 def show(console: Console, title: str, result: Result) -> None:

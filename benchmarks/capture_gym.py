@@ -67,7 +67,7 @@ def _cpu_per_rollout(session: Session, sizes: Sizes) -> dict[str, float]:
     before = _cpu(session)
     batch = collect(session, [RolloutRequest(row, number) for number in range(sizes.rollouts)])
     after = _cpu(session)
-    assert all(rollout.turns == sizes.turns for rollout in batch.rollouts)
+    assert all(len(rollout.turns) == sizes.turns for rollout in batch.rollouts)
     return {who: (after[who] - before[who]) / sizes.rollouts for who in after}
 
 

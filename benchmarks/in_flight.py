@@ -51,7 +51,7 @@ class Sizes:
     """Name, and the least and the most seconds in which it answers."""
 
 
-SMALL = Sizes(rollouts=16, engines=(("quick", 0.01, 0.01), ("busy", 0.02, 0.1)))
+SMALL = Sizes(rollouts=16, engines=(("busy", 0.01, 0.1),))
 
 
 @dataclass(frozen=True)

@@ -80,16 +80,16 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join([told, "", *table])
 
 
-def write_table(readme: Path, results: Sequence[Result]) -> None:
-    """Put the table between the two markers.
-
-    Raises:
-        ValueError: the page does not have each marker once.
-    """
+def check_page(readme: Path) -> None:
+    """Raises `ValueError` for a page without exactly one place for the table."""
     page = readme.read_text(encoding="utf-8")
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"{readme} must have the lines {BEGIN!r} and {END!r} once each: the table goes between them.")
-    before, _, rest = page.partition(BEGIN)
+
+
+def write_table(readme: Path, results: Sequence[Result]) -> None:
+    """Put the table between the two markers."""
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
 
