@@ -24,7 +24,7 @@ from gymlink.config import PolicySettings, Settings
 from gymlink.engines import Engine
 from gymlink.errors import GymError, GymStartError, RolloutError
 from gymlink.gateway import POLICY, PolicyService, Router
-from gymlink.gym import GymServers, attach_gym, start_gym
+from gymlink.gym import GymServers, attach_gym, capture_folder, start_gym
 from gymlink.host import check_policy_url, find_attached, policy_key
 from gymlink.rollout import OnRollout, Recorder
 from gymlink.types import Rollout, RolloutBatch, RolloutRequest, Sampling
@@ -152,7 +152,7 @@ class Session:
         if not isinstance(settings, Settings):
             return
         self._gym = self._join_gym(settings, attached, urls[0], secret)
-        self._worker.join(self._gym, owner=rank)
+        self._worker.join(self._gym, owner=rank, captures=capture_folder(self._gym.config))
         name = "rollouts.jsonl" if rank == 0 else f"rollouts.rank{rank}.jsonl"
         self._recorder = Recorder(self.run_dir / name, detail=self._settings.rollout.record)
 

@@ -7,6 +7,7 @@ number at a time. `close` ends it all, at any moment, and twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from starlette.routing import Route
@@ -17,7 +18,7 @@ from gymlink.engines import Engine
 from gymlink.errors import GymError
 from gymlink.gateway import POLICY, GatewayServer, PolicyService, Router, create_app
 from gymlink.gym import Addresses, GymClient
-from gymlink.rollout import Collector, OnRollout
+from gymlink.rollout import Claims, Collector, OnRollout
 from gymlink.types import Rollout, RolloutBatch, RolloutRequest, Sampling
 
 
@@ -73,8 +74,15 @@ class RolloutWorker:
         await self._gateway.start()
         return self._gateway.url
 
-    def join(self, gym: Addresses, *, owner: int, secret: str | None = None) -> None:
-        """Collect in this Gym from now on. `owner` is this worker's name in rollout ids; `secret` the Gym's, if any."""
+    def join(self, gym: Addresses, *, owner: int, secret: str | None = None, captures: Path | None = None) -> None:
+        """Collect in this Gym from now on.
+
+        Args:
+            gym: where it answers.
+            owner: this worker's name in rollout ids.
+            secret: what the Gym asks for, if anything.
+            captures: the folder of the Gym's own capture of token ids, if it has one (`gymlink.gym.capture_folder`).
+        """
         settings = self._settings
         self._client = GymClient(gym, connections=settings.rollout.concurrency, secret=secret)
         self._collector = Collector(
@@ -83,7 +91,7 @@ class RolloutWorker:
             settings.rollout,
             settings.alignment,
             owner=owner,
-            claims=settings.gateway.ids_travel,
+            claims=Claims(self.service, captures) if settings.gateway.ids_travel else None,
         )
 
     async def collect(

@@ -1,5 +1,6 @@
 """Rollout orchestration: from rows to scored rollouts, concurrently, each with a deadline and a typed outcome."""
 
+from gymlink.rollout.claims import Claims
 from gymlink.rollout.collect import Collector, OnRollout
 from gymlink.rollout.figures import Figures, check_conservation, describe_failures, refuse_if_too_many_failed
 from gymlink.rollout.metrics import batch_metrics
@@ -9,6 +10,7 @@ from gymlink.rollout.siblings import ALONE, Group, Siblings
 
 __all__ = [
     "ALONE",
+    "Claims",
     "Collector",
     "Figures",
     "Group",

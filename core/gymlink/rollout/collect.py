@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import orjson
@@ -20,6 +19,7 @@ import orjson
 from gymlink.config import AlignmentSettings, RolloutSettings
 from gymlink.errors import AlignmentError, ConfigError, GymRequestError
 from gymlink.gateway import ROLLOUT_FIELD, OpenRollout, PolicyService, new_rollout_id
+from gymlink.rollout.claims import Claims
 from gymlink.rollout.figures import Figures, refuse_if_too_many_failed
 from gymlink.rollout.metrics import batch_metrics
 from gymlink.rollout.outcome import FAILED_ATTEMPT, Outcome, failed, scored
@@ -49,7 +49,7 @@ class Collector:
         rollout: concurrency, deadline, attempts and how many failures a batch may have.
         alignment: what is trained of a rewritten history.
         owner: this process (rank), written into rollout ids.
-        claims: a rollout whose calls all came without its id is known by the token ids that Gym's answer carries.
+        claims: finds the turns of a rollout whose calls did not name it; None where no token ids travel through Gym.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Collector:
         alignment: AlignmentSettings,
         *,
         owner: int = 0,
-        claims: bool = False,
+        claims: Claims | None = None,
     ) -> None:
         self._gym = gym
         self._policy = policy
@@ -153,9 +153,8 @@ class Collector:
         return failed(rollout, error.kind, str(error))
 
     def _scored(self, rollout: OpenRollout, answer: Mapping[str, Any], strangers: int) -> Outcome:
-        claim = partial(self._policy.claim, rollout) if self._claims else None
         try:
-            return scored(rollout, answer, self._alignment, claim=claim, strangers=strangers)
+            return scored(rollout, answer, self._alignment, claims=self._claims, strangers=strangers)
         except AlignmentError as error:
             # A bug of ours, and still no reason to lose the rest of the batch.
             logger.exception("rollout: the sampled turns do not fit together")

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gymlink.align import RolloutRecord, build_segments
 from gymlink.config import AlignmentSettings
 from gymlink.gateway import OpenRollout
+from gymlink.rollout.claims import NOTHING, Claimed, Claims
 from gymlink.rollout.response import Item, answers_from_the_end, carried_ids, output_items
-from gymlink.types import ForkCause, RolloutStatus, Segment, TokenIds, Turn
-
-Claim = Callable[[TokenIds, TokenIds], Turn | None]
-"""From the ids of a prompt and of its completion to the turn that sampled them, if there is one to be had."""
+from gymlink.types import RolloutStatus, Segment, Turn
 
 FAILED = "failed"
 """The reason under which the sampled tokens of a failed rollout's last attempt are counted."""
@@ -61,7 +59,7 @@ def scored(
     answer: Mapping[str, Any],
     alignment: AlignmentSettings,
     *,
-    claim: Claim | None = None,
+    claims: Claims | None = None,
     strangers: int = 0,
 ) -> Outcome:
     """An attempt that Gym answered; it can still turn out as failed, when the answer holds no usable score.
@@ -70,8 +68,7 @@ def scored(
         rollout: what its calls sampled.
         answer: Gym's, to `/run`.
         alignment: what is trained of a rewritten history.
-        claim: takes the turns of a rollout whose calls all came without its id, by the ids on Gym's output items; None
-            where no ids travel through Gym.
+        claims: finds the turns of a rollout whose calls all came without its id; None where no ids travel through Gym.
         strangers: calls of the policy that came without a rollout's id meanwhile, whosever they are.
     """
     if why := _unusable(answer):
@@ -81,14 +78,12 @@ def scored(
         return _trained(rollout, answer, alignment, turns, _final_turn(rollout.record, items))
     if rollout.overflowed:
         return failed(rollout, "context_overflow", "The first prompt already exceeds the policy's context.")
-    carried = [*dict.fromkeys(carried_ids(items))] if claim is not None else []
-    claimed = [claim(ids.prompt_ids, ids.completion_ids) for ids in carried] if claim is not None else []
-    known = [turn for turn in claimed if turn is not None]
-    if len(known) < len(carried):
-        return failed(rollout, "alignment", _why_not_claimed(len(known), len(carried)))
-    if not known:
-        return failed(rollout, "no_model_call", _why_no_call(strangers, capture=claim is None))
-    return _trained(rollout, answer, alignment, _chained(known), len(known) - 1)
+    claimed = claims.take(rollout, items) if claims is not None else NOTHING
+    if claimed.unknown:
+        return failed(rollout, "alignment", _why_not_claimed(claimed))
+    if not claimed.turns:
+        return failed(rollout, "no_model_call", _why_no_call(strangers, capture=claims is None))
+    return _trained(rollout, answer, alignment, claimed.turns, len(claimed.turns) - 1)
 
 
 def _trained(
@@ -108,27 +103,6 @@ def _trained(
     )
 
 
-def _chained(turns: Sequence[Turn]) -> list[Turn]:
-    """Turns of which only the ids are known, each with the longest one before it that its prompt starts with."""
-    chained: list[Turn] = []
-    held: list[TokenIds] = []
-    for turn in turns:
-        extended = [index for index, ids in enumerate(held) if turn.prompt_ids[: len(ids)] == ids]
-        parent = max(extended, key=lambda index: len(held[index]), default=None)
-        cause = _why_no_parent(turn, chained) if chained and parent is None else None
-        chained.append(replace(turn, parent=parent, cause=cause))
-        held.append(turn.prompt_ids + turn.completion_ids)
-    return chained
-
-
-def _why_no_parent(turn: Turn, before: Sequence[Turn]) -> ForkCause:
-    """The likeliest cause: what the messages were is not known any more."""
-    if any(turn.prompt_ids == one.prompt_ids for one in before):
-        return ForkCause.RESTARTED
-    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in before)
-    return ForkCause.COMPACTED if len(turn.prompt_ids) < longest else ForkCause.EDITED
-
-
 def _why_no_call(strangers: int, *, capture: bool) -> str:
     if not strangers:
         return "The agent answered without calling the policy: nothing to train."
@@ -137,16 +111,16 @@ def _why_no_call(strangers: int, *, capture: bool) -> str:
     if capture:
         return f"{told}. Set gateway.token_ids: messages, {passed_on}."
     return (
-        f"{told}, and Gym's output items carry no token ids. Set return_token_id_information: true for the "
+        f"{told}, and Gym told no token ids. Set return_token_id_information: true for the "
         f"policy_model of your configuration, {passed_on}."
     )
 
 
-def _why_not_claimed(known: int, carried: int) -> str:
+def _why_not_claimed(claimed: Claimed) -> str:
     return (
-        f"No call of the policy named this rollout. Of the {carried} whose token ids are on Gym's output items, "
-        f"{carried - known} are not known to this process: sampled elsewhere (with several processes, an agent has to "
-        "pass on responses_create_params.metadata), another rollout's, or too long ago."
+        f"No call of the policy named this rollout. Of the {len(claimed.turns) + claimed.unknown} whose token ids Gym "
+        f"told, {claimed.unknown} are not known to this process: sampled elsewhere (with several processes, an agent "
+        "has to pass on responses_create_params.metadata), another rollout's, or too long ago."
     )
 
 
@@ -170,7 +144,7 @@ def _final_turn(record: RolloutRecord, items: Sequence[Item]) -> int:
     turns = record.turns
     for carried in reversed([*carried_ids(items)]):
         for index in range(len(turns) - 1, -1, -1):
-            if turns[index].completion_ids == carried.completion_ids:
+            if (turns[index].prompt_ids, turns[index].completion_ids) == carried:
                 return index
     said = (record.turn_of(answer) for answer in answers_from_the_end(items))
     return next((index for index in said if index is not None), len(turns) - 1)

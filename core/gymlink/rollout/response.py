@@ -8,20 +8,12 @@ Source: responses_converter.py (postprocess_assistant_message_dict) of NeMo Gym 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from gymlink.gym import CallIds
 from gymlink.types import Message, TokenIds
 
 Item = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class CarriedIds:
-    """The ids of one call of the policy, as they came back on one of Gym's items: evidence, not truth."""
-
-    prompt_ids: TokenIds
-    completion_ids: TokenIds
 
 
 def output_items(answer: Mapping[str, Any] | None) -> Sequence[Item]:
@@ -31,12 +23,12 @@ def output_items(answer: Mapping[str, Any] | None) -> Sequence[Item]:
     return [item for item in output if isinstance(item, Mapping)] if isinstance(output, list) else []
 
 
-def carried_ids(items: Sequence[Item]) -> Iterator[CarriedIds]:
+def carried_ids(items: Sequence[Item]) -> Iterator[CallIds]:
     """The ids on these items, in their order. What is not a list of integers is passed over."""
     for item in items:
         prompt, completion = (_ids(item.get(name)) for name in ("prompt_token_ids", "generation_token_ids"))
         if prompt and completion is not None:
-            yield CarriedIds(prompt, completion)
+            yield CallIds(prompt, completion)
 
 
 def answers_from_the_end(items: Sequence[Item]) -> Iterator[Message]:

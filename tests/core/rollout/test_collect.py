@@ -13,7 +13,7 @@ from gymlink.engines import ScriptedEngine
 from gymlink.errors import ConfigError, EngineError, GymRequestError, RolloutError
 from gymlink.gateway import PolicyService
 from gymlink.gateway.wire import ID_FIELDS, WireError
-from gymlink.rollout import Collector
+from gymlink.rollout import Claims, Collector
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling
 from policy_calls import chat
 
@@ -78,7 +78,8 @@ def build(chat_format):
         engine = ScriptedEngine(script or (lambda prompt: (7, 8, stop)), latency_s=latency_s)
         service = PolicyService(chat_format, engine, Sampling(max_tokens=16), claims=claims)
         gym = FakeGym(service, agent)
-        return Collector(gym, service, RolloutSettings(**settings), AlignmentSettings(), claims=claims), gym
+        taking = Claims(service) if claims else None
+        return Collector(gym, service, RolloutSettings(**settings), AlignmentSettings(), claims=taking), gym
 
     return make
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from gymlink.rollout.response import CarriedIds, answers_from_the_end, carried_ids, output_items
+from gymlink.gym import CallIds
+from gymlink.rollout.response import answers_from_the_end, carried_ids, output_items
 
 
 def said(text: Any, **more: Any) -> dict[str, Any]:
@@ -66,4 +67,4 @@ def test_ids_are_read_where_they_are_integers(odd: Any) -> None:
     whole = said("a", prompt_token_ids=[1, 2], generation_token_ids=[3])
     empty = said("", prompt_token_ids=[1], generation_token_ids=[])
     items = [whole, {**whole, "generation_token_ids": odd}, {**whole, "prompt_token_ids": odd}, USER, empty]
-    assert [*carried_ids(items)] == [CarriedIds((1, 2), (3,)), CarriedIds((1,), ())]
+    assert [*carried_ids(items)] == [CallIds((1, 2), (3,)), CallIds((1,), ())]

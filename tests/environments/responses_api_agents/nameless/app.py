@@ -1,7 +1,7 @@
 """An agent of two turns that makes requests of its own, so that the policy never learns which rollout they are for.
 
-It scores by itself: the share of characters that are letters. With `invents` in a row, ids that the policy never sampled
-are on the last item of its response.
+It scores by itself: the share of characters that are letters. With `invents` in a row, ids that the policy never
+sampled are on the last item of its response.
 """
 
 from nemo_gym.base_resources_server import BaseRunRequest, BaseVerifyResponse
