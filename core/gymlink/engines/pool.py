@@ -125,8 +125,14 @@ class EnginePool:
         return self.weight_version
 
     async def load_weights(self, path: str, version: int) -> None:
-        """Load the same weights into every replica at once; one that is down gets them before it comes back."""
+        """Load the same weights into every replica at once; one that is down gets them before it comes back.
+
+        It goes on when the caller gives up: replicas must not be left with different weights.
+        """
         self._start_watch()
+        await asyncio.shield(self._load(path, version))
+
+    async def _load(self, path: str, version: int) -> None:
         async with self._updating:  # none may come back with the old ones meanwhile
             there = self._there()
             results = await asyncio.gather(
@@ -221,7 +227,7 @@ class EnginePool:
             told, wanted = await replica.engine.probe(), self.weight_version
             if told == wanted:
                 replica.engine.set_weight_version(wanted)
-            elif self._loaded is not None:
+            elif self._loaded is not None and self._loaded[1] == wanted:
                 await replica.engine.load_weights(*self._loaded)
             else:
                 raise EngineDownError(

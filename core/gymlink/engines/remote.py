@@ -1,6 +1,6 @@
 """What engines on servers have in common: who is asked, how much room there is, and which weights sampled.
 
-A subclass says how its server is asked (`_sample`, `probe`, `load_weights`). Nothing that it answers is taken on trust:
+A subclass says how its server is asked (`_sample`, `_load`, `probe`). Nothing that it answers is taken on trust:
 each id has a finite logprob, and the prompt that was sampled after is the one that was sent.
 """
 
@@ -59,6 +59,7 @@ class RemoteEngine(ABC):
         self._max_context: int | None = None
         self._version = 0
         self._meeting = asyncio.Lock()
+        self._updating = asyncio.Lock()
         self._closed = False
 
     def __str__(self) -> str:
@@ -80,9 +81,17 @@ class RemoteEngine(ABC):
     async def probe(self) -> int:
         """See `gymlink.engines.ServedEngine`."""
 
-    @abstractmethod
     async def load_weights(self, path: str, version: int) -> None:
-        """See `gymlink.engines.UpdatesWeights`."""
+        """See `gymlink.engines.UpdatesWeights`. It goes on when the caller gives up: no server is left paused."""
+        await asyncio.shield(self._load_in_turn(path, version))
+
+    async def _load_in_turn(self, path: str, version: int) -> None:
+        async with self._updating:
+            await self._load(path, version)
+
+    @abstractmethod
+    async def _load(self, path: str, version: int) -> None:
+        """Have the server load the weights; called one at a time."""
 
     @abstractmethod
     async def _sample(self, prompt: list[int], limit: int, sampling: Sampling, stops: list[int]) -> Sampled:

@@ -45,11 +45,10 @@ class SglangEngine(RemoteEngine):
             self._learn_context(info.get("max_req_input_len") if isinstance(info, dict) else None)
         return version_of(isinstance(model, dict) and model.get("weight_version"))
 
-    async def load_weights(self, path: str, version: int) -> None:
-        """See `gymlink.engines.UpdatesWeights`.
+    async def _load(self, path: str, version: int) -> None:
+        """What is in flight is put back meanwhile, and then goes on from its ids, computed anew with the new weights.
 
-        Requests in flight are put back for the time of the update and then computed anew, with the new weights, from
-        the ids that they have. SGLang goes back to the old weights when a folder cannot be loaded.
+        SGLang goes back to the old weights when a folder cannot be loaded.
         """
         await self._control("/pause_generation", {"mode": "retract"})
         try:

@@ -52,7 +52,7 @@ class VllmEngine(RemoteEngine):
 
     async def probe(self) -> int:
         server = self._server
-        await server.ask("GET", "/health", timeout_s=PROBE_TIMEOUT_S)
+        await server.ask_if_known("GET", "/health")
         asleep = await server.ask_if_known("GET", "/is_sleeping")
         if asleep and asleep.get("is_sleeping"):
             raise EngineDownError(f"{self} is asleep: it answers nothing until it is woken (POST /wake_up).")
@@ -62,14 +62,13 @@ class VllmEngine(RemoteEngine):
         told = await server.ask_if_known("GET", "/weight_info")
         return version_of(told and told.get("weight_version"))
 
-    async def load_weights(self, path: str, version: int) -> None:
-        """See `gymlink.engines.UpdatesWeights`.
+    async def _load(self, path: str, version: int) -> None:
+        """What is in flight is held back meanwhile, and then goes on from its ids, computed anew with the new weights.
 
-        Requests in flight are held back for the time of the update and then computed anew, with the new weights, from
-        the ids that they have. vLLM 0.29 ends itself when a folder cannot be loaded.
+        vLLM 0.29 ends itself when a folder cannot be loaded.
         """
+        await self._control("/pause?mode=keep")
         try:
-            await self._control("/pause?mode=keep")
             self._doubt = f"{self} failed to load weights from {path!r}, and may have any: load some, or start it anew."
             await self._control("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
             await self._control("/reset_prefix_cache?reset_running_requests=true")

@@ -546,3 +546,27 @@ async def test_a_generation_that_spans_an_update_names_both(connect: Connect, se
     server.answers["/inference/v1/generate"] = updated_meanwhile
     said = await ask(engine)
     assert (said.oldest_weight_version, said.weight_version) == (3, 4)
+
+
+async def test_an_update_goes_on_when_its_caller_gives_up(connect: Connect, controlled: Vllm) -> None:
+    """Else the server would stay paused, and every call to it wait for ever."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly(_: web.Request) -> web.Response:
+        begun.set()
+        await go_on.wait()
+        return web.json_response({"results": [None]})
+
+    controlled.answers["/collective_rpc"] = slowly
+    engine = connect(endpoint="generate")
+    given_up = asyncio.create_task(engine.load_weights("/models/step-7", 7))
+    await begun.wait()
+    given_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    after = asyncio.create_task(engine.load_weights("/models/step-8", 8))
+    go_on.set()
+    await after
+    versions = [body["new_version"] for path, body in controlled.asked if path == "/update_weight_version"]
+    assert versions == ["7", "8"], "one after the other"
+    assert controlled.asked[-1] == ("/resume", {})
