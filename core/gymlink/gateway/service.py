@@ -59,7 +59,7 @@ class PolicyService:
         sampling: the trainer's, for rollouts that are opened without their own; a request can only lower `max_tokens`.
         reasoning: whether earlier reasoning stays in the prompt ("keep") or leaves with a fork ("drop").
         model: the name under which the policy is listed.
-        claims: whether calls that name no rollout are remembered, so that `claim` finds them.
+        claims: whether what is sampled for calls that name no rollout can be claimed.
         hold_s: how long a call waits while the policy is paused, before it is answered 429.
     """
 

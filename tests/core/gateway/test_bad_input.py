@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gymlink.engines import ScriptedEngine
@@ -181,7 +181,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None)
 @pytest.mark.parametrize("path", BODIES)
 @given(data=st.data())
 def test_a_body_with_anything_in_any_place(post: Posted, path: str, data: st.DataObject) -> None:
@@ -195,14 +195,14 @@ def test_a_body_with_anything_in_any_place(post: Posted, path: str, data: st.Dat
     check(post(path, orjson.dumps(body)))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("path", BODIES)
 @given(values)
 def test_a_body_that_is_any_json(post: Posted, path: str, value: Any) -> None:
     check(post(path, orjson.dumps(value)))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("path", BODIES)
 @given(st.binary(max_size=40), st.integers(0, 10_000), st.booleans())
 @example(b"", 0, True)
