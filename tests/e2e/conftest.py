@@ -1,39 +1,28 @@
 """One real Gym with all the environments of these tests, and a policy that follows a script."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from gymlink.config import parse_settings
+from gym_batches import ScriptedPolicy, link_servers, session_over
 from gymlink.demo import environments_root
-from gymlink.engines import ScriptedEngine
 from gymlink.session import Session
-from gymlink.types import Sampling
 
-
-class ScriptedPolicy:
-    """Says what `reply` makes of the text of each prompt; a test sets `reply`."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
-        self.reply = lambda prompt: "nothing"
-        self.engine = ScriptedEngine(self._script)
-
-    def _script(self, prompt_ids: tuple[int, ...]) -> list[int]:
-        reply = self.reply(self._tokenizer.decode(prompt_ids))
-        return self._tokenizer.encode(reply + "<|im_end|>", add_special_tokens=False)
+OURS = {
+    "resources_servers": ("keypad", "stockroom", "flaky"),
+    "responses_api_agents": ("forgetful", "nameless"),
+}
+SETTINGS = {
+    "rollout": {"deadline_s": 120, "concurrency": 16, "max_failed_fraction": 1},
+    "gateway": {"pause_hold_s": 0.2},
+}
 
 
 @pytest.fixture(scope="session")
 def policy(tokenizer: PreTrainedTokenizerFast) -> ScriptedPolicy:
     return ScriptedPolicy(tokenizer)
-
-
-@pytest.fixture(scope="session")
-def make_policy(tokenizer: PreTrainedTokenizerFast) -> Callable[[], ScriptedPolicy]:
-    return lambda: ScriptedPolicy(tokenizer)
 
 
 @pytest.fixture
@@ -46,24 +35,20 @@ def own_policy(tokenizer: PreTrainedTokenizerFast) -> ScriptedPolicy:
 def session(
     tokenizer: PreTrainedTokenizerFast, policy: ScriptedPolicy, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Session]:
-    servers = ("keypad/configs/keypad", "stockroom/configs/stockroom", "reasoning_gym/configs/reasoning_gym")
-    settings = parse_settings(
-        {
-            "gym": {
-                "config_paths": [f"resources_servers/{server}.yaml" for server in servers],
-                "root": str(environments_root()),
-            },
-            "rollout": {"deadline_s": 120, "concurrency": 16},
-        },
-        folder=environments_root(),
-    )
-    with Session(
-        settings,
-        tokenizer=tokenizer,
-        engine=policy.engine,
-        sampling=Sampling(max_tokens=256),
-        run_dir=tmp_path_factory.mktemp("session"),
-    ) as running:
+    root = link_servers(tmp_path_factory.mktemp("environments"), OURS)
+    servers = {**OURS, "resources_servers": (*OURS["resources_servers"], "reasoning_gym")}
+    run_dir = tmp_path_factory.mktemp("session")
+    with session_over(root, servers, tokenizer=tokenizer, engine=policy.engine, run_dir=run_dir, **SETTINGS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def session_with_ids(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """As `session`, but token ids travel through Gym."""
+    settings = {**SETTINGS, "gateway": {**SETTINGS["gateway"], "token_ids": "messages"}}
+    root = link_servers(tmp_path_factory.mktemp("environments"), OURS)
+    engine, run_dir = ScriptedPolicy(tokenizer).engine, tmp_path_factory.mktemp("session")
+    with session_over(root, OURS, tokenizer=tokenizer, engine=engine, run_dir=run_dir, **settings) as running:
         yield running
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from gymlink.config import parse_settings
 from gymlink.demo import environments_root
-from gymlink.engines import ScriptedEngine
+from gymlink.engines import Engine, ScriptedEngine
 from gymlink.gym import read_rows
 from gymlink.session import Session
 from gymlink.types import Rollout, RolloutRequest, Sampling
@@ -32,24 +32,33 @@ def link_servers(root: Path, servers: Servers) -> Path:
     return root
 
 
-def scripted_session(
-    root: Path, servers: Servers, *, tokenizer: Any, run_dir: Path, gym: Mapping[str, Any] | None = None, **more: Any
+def session_over(
+    root: Path, servers: Servers, *, tokenizer: Any, engine: Engine, run_dir: Path, gym: Any = None, **more: Any
 ) -> Session:
-    """A session over these servers, whose policy says what `reply` does; `gym` and `more` are settings."""
+    """A session over these servers, which lie in `root` or are Gym's own; `gym` and `more` are settings."""
     configs = [f"{kind}/{name}/configs/{name}.yaml" for kind, names in servers.items() for name in names]
     settings = {"gym": {"config_paths": configs, "root": str(root), **(gym or {})}, **more}
-
-    def script(prompt_ids: tuple[int, ...]) -> list[int]:
-        ids: list[int] = tokenizer.encode(reply(tokenizer.decode(prompt_ids)) + "<|im_end|>", add_special_tokens=False)
-        return ids
-
     return Session(
         parse_settings(settings, folder=root),
         tokenizer=tokenizer,
-        engine=ScriptedEngine(script),
-        sampling=Sampling(max_tokens=200),
+        engine=engine,
+        sampling=Sampling(max_tokens=256),
         run_dir=run_dir,
     )
+
+
+class ScriptedPolicy:
+    """Says what `reply` makes of the text of each prompt; a test may set another."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.reply = reply
+        self.engine = ScriptedEngine(self._script)
+
+    def _script(self, prompt_ids: tuple[int, ...]) -> list[int]:
+        said = self.reply(self._tokenizer.decode(prompt_ids))
+        ids: list[int] = self._tokenizer.encode(said + "<|im_end|>", add_special_tokens=False)
+        return ids
 
 
 def reply(prompt: str) -> str:
