@@ -73,17 +73,21 @@ def check_files(config: Path, values: Mapping[str, Any]) -> None:
     for name in ("train_file", "eval_file"):
         if values.get(name) is not None:
             check_rows(values[name])
-    _check_model(str(values["model_name_or_path"]), config.resolve().parent)
+    check_model(str(values["model_name_or_path"]), config.resolve().parent)
 
 
-def _check_model(name: str, folder: Path) -> None:
-    """A model that is looked for on the hub for a minute, when its folder was mistyped, helps nobody."""
+def check_model(name: str, folder: Path, *, what: str = "model_name_or_path") -> None:
+    """A model that is looked for on the hub for a minute, when its folder was mistyped, helps nobody.
+
+    Raises:
+        ConfigError: the name is a path, relative to `folder` if at all, and nothing is there; `what` names the setting.
+    """
     places = [folder / Path(name).expanduser(), Path(name).expanduser().absolute()]
     if any(place.exists() for place in places):
         return
     local = name.startswith(("/", ".", "~")) or name.count("/") > HUB_SEPARATORS
     if local or ("/" in name and places[0].parent.is_dir()):
         raise ConfigError(
-            f"model_name_or_path is {name!r}, and there is no such folder: looked for {str(places[0])!r}. Give a "
-            "folder that exists, relative to the run file's, or a model's name on the Hugging Face hub."
+            f"{what} is {name!r}, and there is no such folder: looked for {str(places[0])!r}. Give a folder that "
+            "exists, relative to the run file's if there is one, or a model's name on the Hugging Face hub."
         )

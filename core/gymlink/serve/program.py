@@ -5,6 +5,7 @@ What is started is stopped again in reverse, however the program ends.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from gymlink.config import PolicySettings, Settings
+from gymlink.engines import ServedEngine
 from gymlink.errors import ConfigError, PluginError
 from gymlink.hookspecs import EngineKind, EngineRequest
 from gymlink.plugins import find_engine, resolve
+from gymlink.runfile import check_model
 from gymlink.serve.control import Control
 from gymlink.session import Report, Session
 from gymlink.types import Sampling
@@ -78,22 +81,23 @@ def serving(request: ServeRequest, report: Report) -> Iterator[Serving]:
         GymStartError: Gym did not come up.
     """
     kind = _engine_kind(request)
+    for name in filter(None, (request.model, request.tokenizer)):
+        check_model(name, Path.cwd(), what="--model" if name == request.model else "--tokenizer")
     report("loading the tokenizer")
     tokenizer = _load(TOKENIZER, "serve", request.tokenizer or request.model)
-    report(f"preparing the engine: {kind.summary}")
-    engine = _load(
-        kind.make,
-        kind.extra,
-        EngineRequest(
-            model=request.model,
-            tokenizer=tokenizer,
-            sampling=request.sampling,
-            urls=request.urls,
-            api_key=request.engine_key,
-            max_context=request.max_context,
-            reply=request.reply,
-        ),
+    wanted = EngineRequest(
+        model=request.model,
+        tokenizer=tokenizer,
+        sampling=request.sampling,
+        urls=request.urls,
+        api_key=request.engine_key,
+        max_context=request.max_context,
+        reply=request.reply,
     )
+    report(f"preparing the engine: {kind.summary}")
+    if kind.remote:
+        asyncio.run(_probe(_load(kind.make, kind.extra, wanted)))
+    engine = _load(kind.make, kind.extra, wanted)
     collects = isinstance(request.settings, Settings)
 
     def routes(session: Session) -> Any:
@@ -128,6 +132,14 @@ def _engine_kind(request: ServeRequest) -> EngineKind:
     if request.urls and not kind.remote:
         raise ConfigError(f"The engine {kind.name!r} runs in this process, so --url {request.urls[0]} has no meaning.")
     return kind
+
+
+async def _probe(engine: ServedEngine) -> None:
+    """Say whether its servers answer before Gym is started. An engine belongs to one event loop: this one ends here."""
+    try:
+        await engine.probe()
+    finally:
+        await engine.aclose()
 
 
 def _load(path: str, extra: str | None, *arguments: Any) -> Any:

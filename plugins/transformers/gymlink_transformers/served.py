@@ -1,4 +1,4 @@
-"""A transformers model behind `gymlink serve`: it samples at all times, but for the moments in which its weights change.
+"""A transformers model behind `gymlink serve`: it samples at all times, but while its weights change.
 
 Invariant: nothing is sampled while weights are replaced, and no cache entry outlives the weights that made it.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from gymlink.engines import Engine
 from gymlink.errors import ConfigError, EngineError
@@ -98,6 +99,7 @@ def make(request: EngineRequest) -> Engine:
     Raises:
         ConfigError: there is no such model.
     """
+    logging.disable_progress_bar()  # one for each loading of weights would fill the terminal
     try:
         model = AutoModelForCausalLM.from_pretrained(request.model, dtype="auto")
     except (OSError, ValueError) as error:
