@@ -1,6 +1,6 @@
 """A pool of two real vLLM servers, of which one dies in the middle of a batch, in each way that servers die.
 
-These tests break the second server, and the last of them starts it again.
+They break the second server; the first is there for others, with its first weights.
 """
 
 from __future__ import annotations

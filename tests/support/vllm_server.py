@@ -17,8 +17,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from urllib.request import Request, urlopen
 
-import httpx
 import psutil
 
 from processes import MARK, marked
@@ -85,10 +85,11 @@ class VllmServer:
         deadline = time.monotonic() + START_S
         while self._process.poll() is None and time.monotonic() < deadline:
             try:
-                if httpx.get(f"{self.url}/health", timeout=5).is_success:
-                    return
-            except httpx.HTTPError:
+                self._ask("GET", "/health")
+            except OSError:
                 time.sleep(0.25)
+            else:
+                return
         raise AssertionError(f"vllm serve did not come up:\n{self.log.read_text(errors='replace')[-4000:]}")
 
     def ask_to_end(self) -> None:
@@ -105,11 +106,23 @@ class VllmServer:
 
     def running(self) -> int:
         """How many requests it samples now, by its own account."""
-        metrics = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
-        return round(sum(float(line.split()[-1]) for line in metrics if line.startswith("vllm:num_requests_running")))
+        return self.metric("vllm:num_requests_running")
+
+    def sampled(self) -> int:
+        """How many tokens it has sampled since it was started."""
+        return self.metric("vllm:generation_tokens_total")
+
+    def metric(self, name: str) -> int:
+        lines = self._ask("GET", "/metrics").decode().splitlines()
+        return round(sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{")))
 
     def post(self, path: str) -> None:
-        httpx.post(self.url + path, timeout=60).raise_for_status()
+        self._ask("POST", path)
+
+    def _ask(self, method: str, path: str) -> bytes:
+        with urlopen(Request(self.url + path, method=method), timeout=60) as answer:
+            content: bytes = answer.read()
+            return content
 
 
 def _named_vllm(folder: Path) -> Path:

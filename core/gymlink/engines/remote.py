@@ -164,7 +164,7 @@ class RemoteEngine(ABC):
                     f"{self} gave the logprob {logprob!r} for token {token!r}, number {at} of the completion: "
                     "a sampled token has a finite one."
                 )
-        reason = _REASONS.get(sampled.finish_reason)
+        reason = _REASONS.get(str(sampled.finish_reason))
         if reason is None:
             raise EngineError(f"{self} ended a generation with the finish_reason {sampled.finish_reason!r}.")
         return Generation(
