@@ -70,7 +70,11 @@ class ForkCause(StrEnum):
     TOOLS_CHANGED = "tools_changed"
     """The tools (or the template's arguments) differ from those of the earlier turn."""
     RETEMPLATED = "retemplated"
-    """The messages agree, but this chat template offers no proven way to continue after the sampled ids."""
+    """The messages agree, but the chat template writes them otherwise than they were sampled, and offers no proven way
+    to continue after the sampled ids."""
+    RETOKENIZED = "retokenized"
+    """The template's text goes on from what was sampled, but its ids are others, and the sampled ones are no whole
+    text: a character of which only a part was sampled."""
     FOREIGN_IDS = "foreign_ids"
     """The message carries token ids that this rollout did not sample."""
     RESTARTED = "restarted"

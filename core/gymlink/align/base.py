@@ -68,6 +68,12 @@ class ChatFormat(Protocol):
     def writes_tools(self) -> bool:
         """Whether the tools of a request reach the prompt at all: many templates ignore them without a word."""
 
+    def encode(self, text: str) -> TokenIds:
+        """The ids of a text, with nothing added around it. Control tokens are read where it spells them."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens included; empty where some are outside the vocabulary."""
+
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
     ) -> TokenIds:

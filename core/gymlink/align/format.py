@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gymlink.align.base import ChatFormat, FormatReport, Parsed, Tokenizer, ToolCall
-from gymlink.align.known import KnownFormat, recognise
+from gymlink.align.known import KnownTemplate, recognise
 from gymlink.align.parsing import Parser, TagParser, TemplateParser
 from gymlink.align.suffix import TemplateFormat
 from gymlink.align.template import ChatTemplate
@@ -24,7 +24,8 @@ def load_format(tokenizer: Tokenizer, *, name: str | None = None) -> ChatFormat:
         ConfigError: the tokenizer has no chat template and no name is given, or the name is unknown or does not fit.
     """
     if name not in (None, "auto", "template"):
-        return KnownFormat(tokenizer, name)
+        known = KnownTemplate(tokenizer, name)
+        return TemplateFormat(known, known.parser)
     template = ChatTemplate(tokenizer)
     parser: Parser | None = None if name == "template" else recognise(template)
     if parser is None:

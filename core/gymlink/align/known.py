@@ -6,19 +6,23 @@ tokenizer's own template gives; a model's name alone proves nothing, and a fine-
 
 from __future__ import annotations
 
+import inspect
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from renderers import base as _renderers  # type: ignore[import-untyped]
 from renderers.configs import config_from_name  # type: ignore[import-untyped]
 
 from gymlink.align.base import NO_ARGS, Parsed, Tokenizer, ToolCall
-from gymlink.align.canonical import digest, lasting_args, text_of
-from gymlink.align.parsing import PROMPT_TAIL, read_arguments, safe_parse
-from gymlink.align.template import PROBE_TOOL, ChatTemplate, probe_call
+from gymlink.align.canonical import digest, lasting_args
+from gymlink.align.parsing import PROMPT_TAIL, read_arguments
+from gymlink.align.template import PROBE_TOOL, ChatTemplate, Template, probe_call
 from gymlink.errors import AlignmentError, ConfigError
-from gymlink.types import FinishReason, Message, TokenIds, Tool
+from gymlink.types import Message, TokenIds, Tool
+
+_OPEN: Final = "Zq" + secrets.token_hex(12)
 
 
 class KnownParser:
@@ -45,102 +49,75 @@ class KnownParser:
         return Parsed(read.content + "".join(kept), read.reasoning_content or None, tuple(calls))
 
 
-class KnownFormat:
-    """A hand-made format on its own, for a tokenizer without a template or at the user's word."""
+class KnownTemplate(Template):
+    """A hand-made format in a template's place, for a tokenizer without one or at the user's word.
+
+    Raises:
+        ConfigError: there is no format of this name, or the tokenizer lacks its tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
         if name not in known_names():
             raise ConfigError(f"There is no chat format {name!r}. Known are: template, {', '.join(known_names())}.")
-        self._tokenizer = tokenizer
         self._format = name
         self._renderers: dict[bytes, _renderers.Renderer] = {}
+        self.tokenizer = tokenizer
+        self.title = f"The chat format {name!r}"
         try:
-            self._parser = KnownParser(name, self._renderer(NO_ARGS), tokenizer)
-        except AlignmentError as error:
+            self.parser = KnownParser(name, self._renderer(NO_ARGS), tokenizer)
+        except Exception as error:  # a missing token is an AssertionError there
             raise ConfigError(
-                f"The chat format {name!r} does not fit the tokenizer {tokenizer.name_or_path!r}: {error}"
+                f"The chat format {name!r} does not fit the tokenizer {tokenizer.name_or_path!r}: "
+                f"{type(error).__name__}: {error}"
             ) from error
-        self.name = self._parser.name
+        super().__init__(tokenizer)
 
     @property
-    def stop_token_ids(self) -> TokenIds:
-        """Ids that end a turn in this format."""
-        return self._parser.stop_token_ids
+    def source(self) -> str:
+        """The text of the module that defines the format."""
+        module = inspect.getmodule(type(self._renderer(NO_ARGS)))
+        return inspect.getsource(module) if module else ""
 
-    @property
-    def writes_tools(self) -> bool:
-        """Every hand-made format writes tools."""
-        return True
+    def _write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool],
+        template_args: Mapping[str, Any],
+        *,
+        generate: bool,
+        resumed: bool,
+    ) -> tuple[str, Sequence[int] | None]:
+        if not resumed:
+            ids = self._ids(messages, tools, template_args, generate=generate)
+            return self.decode(ids), ids
+        left_open = {**messages[-1], "content": messages[-1]["content"] + _OPEN}
+        before, found, _ = self.decode(
+            self._ids([*messages[:-1], left_open], tools, template_args, generate=False)
+        ).rpartition(_OPEN)
+        if not found:
+            raise ValueError("its last message is not written, so it cannot be continued")
+        return before, None
 
-    def render(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
-    ) -> TokenIds:
-        """See `ChatFormat.render`."""
+    def _ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool],
+        template_args: Mapping[str, Any],
+        *,
+        generate: bool,
+    ) -> list[int]:
         renderer = self._renderer(template_args)
-        resumed = bool(template_args.get("continue_final_message")) and messages[-1].get("role") == "assistant"
-        shown = [_plain(message) for message in (messages[:-1] if resumed else messages)]
-        try:
-            ids = renderer.render_ids(shown, tools=_specs(tools), add_generation_prompt=True)
-        except Exception as error:  # whatever a hand-made format raises on odd messages
-            raise AlignmentError(f"The chat format {self.name!r} refuses this conversation: {error}") from error
-        text = text_of(messages[-1].get("content")) if resumed else ""
-        return (*ids, *(self._tokenizer.encode(text, add_special_tokens=False) if text else ()))
-
-    def extend(
-        self,
-        prompt_ids: Sequence[int],
-        completion_ids: Sequence[int],
-        finish_reason: FinishReason,
-        new_messages: Sequence[Message],
-        tools: Sequence[Tool] = (),
-        *,
-        template_args: Mapping[str, Any] = NO_ARGS,
-        answered: Message | None = None,
-    ) -> TokenIds | None:
-        """See `ChatFormat.extend`; proven by the format's own bridge, on the end of the prompt alone."""
-        if template_args.get("continue_final_message"):
-            ended = bool(completion_ids) and completion_ids[-1] in self.stop_token_ids
-            return () if not new_messages and not ended else None
-        if finish_reason == "abort":
-            return None
-        tail = [*prompt_ids[-PROMPT_TAIL:]]
-        names = {
-            call.get("id"): call.get("function", call).get("name") for call in (answered or {}).get("tool_calls") or ()
-        }
-        shown = [_plain(message, names.get(message.get("tool_call_id"))) for message in new_messages]
-        try:
-            bridged = self._renderer(template_args).bridge_to_next_turn(
-                tail, list(completion_ids), shown, tools=_specs(tools)
+        return list(
+            renderer.render_ids(
+                [_plain(message) for message in messages], tools=_specs(tools), add_generation_prompt=generate
             )
-        except Exception:  # noqa: BLE001 - a bridge that fails has proven nothing
-            return None
-        held = [*tail, *completion_ids]
-        if bridged is None or bridged.token_ids[: len(held)] != held:
-            return None
-        return tuple(bridged.token_ids[len(held) :])
-
-    def parse(
-        self,
-        prompt_ids: Sequence[int],
-        completion_ids: Sequence[int],
-        tools: Sequence[Tool] = (),
-        *,
-        template_args: Mapping[str, Any] = NO_ARGS,  # noqa: ARG002 - what the arguments opened stands in the prompt
-    ) -> Parsed:
-        """See `ChatFormat.parse`."""
-        return safe_parse(self._parser, self._decode, prompt_ids, completion_ids, tools)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        )
 
     def _renderer(self, template_args: Mapping[str, Any]) -> _renderers.Renderer:
         lasting = lasting_args(template_args)
         key = digest(lasting)
         if key not in self._renderers:
-            try:
-                self._renderers[key] = _make(self._tokenizer, self._format, lasting)
-            except Exception as error:  # a missing token is an AssertionError there, a bad argument a ValueError
-                raise AlignmentError(f"{type(error).__name__}: {error}") from error
+            self._renderers[key] = _make(self.tokenizer, self._format, lasting)
         return self._renderers[key]
 
 
@@ -180,14 +157,7 @@ def known_names() -> tuple[str, ...]:
 
 def _make(tokenizer: Tokenizer, name: str, template_args: Mapping[str, Any]) -> _renderers.Renderer:
     config: Any = config_from_name(name)
-    for retention in ({"thinking_retention": "all"}, {}):
-        try:
-            kept = type(config)(**retention)
-            return _renderers.create_renderer(tokenizer, kept, chat_template_kwargs=dict(template_args) or None)
-        except ValueError:
-            if not retention:
-                raise
-    raise AssertionError("unreachable")
+    return _renderers.create_renderer(tokenizer, config, chat_template_kwargs=dict(template_args) or None)
 
 
 def _ids(template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool]) -> TokenIds | None:
@@ -201,12 +171,8 @@ def _specs(tools: Sequence[Tool]) -> Any:
     return [dict(tool) for tool in tools] or None
 
 
-def _plain(message: Message, name: Any = None) -> Any:
-    plain = {key: value for key, value in message.items() if value not in (None, [])}
-    plain.setdefault("content", "")
-    if name and plain.get("role") == "tool":
-        plain.setdefault("name", name)
-    return plain
+def _plain(message: Mapping[str, Any]) -> Any:
+    return {"content": "", **{key: value for key, value in message.items() if value not in (None, [])}}
 
 
 def _probes() -> Iterator[tuple[list[Message], list[Tool]]]:

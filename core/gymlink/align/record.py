@@ -7,16 +7,29 @@ Token ids that come back on messages only choose between turns of equal text: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Final, Literal
 
 from gymlink.align.base import NO_ARGS, ChatFormat
-from gymlink.align.canonical import READ_FIELDS, Canonical, canonical, text_of, tool_calls_of, tools_digest
+from gymlink.align.canonical import (
+    READ_FIELDS,
+    REASONING_FIELDS,
+    Canonical,
+    canonical,
+    split_reasoning,
+    text_of,
+    tool_calls_of,
+    tools_digest,
+)
 from gymlink.types import ForkCause, Generation, Message, TokenIds, Tool, Turn
 
 _ROOT: Final = b""
+_MARK: Final = "Zq" + secrets.token_hex(12)
+_LOST: Final = "\ufffd"
+"""What decoding writes for bytes that are no text: a character of which only a part was sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +42,39 @@ class PromptPlan:
     cause: ForkCause | None
     """Why not, when a turn existed before and none is extended."""
     _history: _History = field(repr=False, compare=False)
+    _known: int = field(repr=False, compare=False)
+    """Messages at the beginning of the history whose reasoning was compared with the record's."""
 
 
 @dataclass(frozen=True, slots=True)
 class _History:
-    """The messages of one call, hashed so that equal prefixes have equal keys."""
+    """The messages of one call, hashed so that equal prefixes have equal keys. It holds on to no ids of theirs."""
 
-    messages: tuple[Message, ...]
+    read: tuple[tuple[Any, ...], ...]
+    """Of each message, all that its canonical form depends on."""
     forms: tuple[Canonical, ...]
     chain: tuple[bytes, ...]
     """`chain[n]` stands for the first n messages; silent assistant messages leave it unchanged."""
     tools: bytes
-    prefilled: bool
+    prefilled: str | None
+    """The text of a last message that is to be continued."""
+
+    def __len__(self) -> int:
+        return len(self.forms)
 
     @property
     def key(self) -> bytes:
         return self.chain[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a prompt is asked for."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Tool]
+    args: Mapping[str, Any]
+    history: _History
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +86,8 @@ class _Sampled:
     tools: bytes
     asked: bytes
     """Key of the history that this turn answered."""
+    length: int
+    """Messages of that history."""
     digests: frozenset[bytes]
     """Of the message, in each form in which it may come back."""
 
@@ -78,7 +110,7 @@ class RolloutRecord:
         self._openings: set[bytes] = set()
         self._reasonings: dict[bytes, list[str]] = {}  # history key -> reasoning seen on its last message
         self._longest = 0
-        self._latest: _History | None = None
+        self._latest = _History((), (), (_ROOT,), b"", None)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -93,7 +125,7 @@ class RolloutRecord:
         template_args: Mapping[str, Any] = NO_ARGS,
         required_prefix: Sequence[int] | None = None,
     ) -> PromptPlan:
-        """The prompt for `messages`. They are kept: give new ones to a later call, never these changed in place.
+        """The prompt for `messages`. What they hold is kept: give new ones to a later call, never these changed.
 
         `required_prefix` are ids that the caller wants the prompt to start with. Where they are what one turn held
         and these messages continue it, that turn is the one to continue, however its own message is worded now.
@@ -103,30 +135,33 @@ class RolloutRecord:
             AlignmentError: the chat template refuses these messages.
         """
         history = self._latest = _hash(messages, tools, template_args, self._latest)
-        anchor = self._required(history, required_prefix) or self._anchor(history)
+        call = _Call(messages, tools, template_args, history)
+        anchor = self._required(history, required_prefix) or self._anchor(call)
         if anchor is None:
-            return self._fresh(history, tools, template_args, self._why_no_anchor(history))
+            return self._fresh(call, self._why_no_anchor(call))
         index, length = anchor
         if self._sampled[index].tools != history.tools:
-            return self._fresh(history, tools, template_args, ForkCause.TOOLS_CHANGED)
+            return self._fresh(call, ForkCause.TOOLS_CHANGED, index)
         if self._reasoning_edited(history, length):
-            return self._fresh(history, tools, template_args, ForkCause.EDITED)
-        if self._drop_reasoning and self._leaves_reasoning(index, history.messages[length:]):
-            return self._fresh(history, tools, template_args, ForkCause.REASONING_STRIPPED, kept=index)
+            return self._fresh(call, ForkCause.EDITED, index)
+        if self._drop_reasoning and self._leaves_reasoning(index, messages[length:]):
+            fresh = self._fresh(call, ForkCause.REASONING_STRIPPED, index)
+            if fresh.parent is not None or self._strips_reasoning(call, index):
+                return fresh
 
         turn = self._turns[index]
         added = self._format.extend(
             turn.prompt_ids,
             turn.completion_ids,
             turn.finish_reason,
-            history.messages[length:],
+            messages[length:],
             tools,
             template_args=template_args,
             answered=self._sampled[index].message,
         )
         if added is None:
-            return self._fresh(history, tools, template_args, self._why_not_extended(history, index, length))
-        return PromptPlan(turn.prompt_ids + turn.completion_ids + added, index, None, history)
+            return self._fresh(call, self._why_not_extended(call, index, length), index)
+        return PromptPlan(turn.prompt_ids + (turn.completion_ids + added), index, None, history, length)
 
     def add(self, plan: PromptPlan, generation: Generation, message: Message) -> Turn:
         """Remember what was sampled after `plan`, and the assistant message that the agent was given for it."""
@@ -144,18 +179,15 @@ class RolloutRecord:
         history = plan._history
         index = len(self._turns)
         form = canonical(message)
-        self._turns.append(turn)
         said = _after(history, message, form)
-        self._sampled.append(
-            _Sampled(message, form.reasoning, history.tools, history.key, frozenset(form.digest for form, _ in said))
-        )
-        self._longest = max(self._longest, len(history.messages) + (not form.is_silent))
+        digests = frozenset(one.digest for one, _ in said)
+        self._turns.append(turn)
+        self._sampled.append(_Sampled(message, form.reasoning, history.tools, history.key, len(history), digests))
+        self._longest = max(self._longest, len(history) + (not form.is_silent))
         self._prompts.add(history.key)
-        if history.forms:
-            self._openings.add(history.forms[0].digest)
-        for position, seen in enumerate(history.forms):
-            self._remember_reasoning(history.chain[position + 1], seen.reasoning)
-
+        self._openings.update(history.chain[1:2])
+        for place in range(plan._known, len(history)):
+            self._remember_reasoning(history.chain[place + 1], history.forms[place].reasoning)
         for _, key in said:
             self._ending.setdefault(key, []).append(index)
             self._remember_reasoning(key, form.reasoning)
@@ -182,8 +214,8 @@ class RolloutRecord:
         if not prefix:
             return None
         ids = tuple(prefix)
-        turns = [index for index, turn in enumerate(self._turns) if _held(turn, len(ids)) == ids]
-        for length in range(len(history.messages), 0, -1):
+        turns = [index for index, turn in enumerate(self._turns) if _holds(turn, ids, len(ids))]
+        for length in range(len(history), 0, -1):
             ended = self._ending.get(history.chain[length], ())
             answers = history.forms[length - 1].role == "assistant"
             for index in reversed(turns):
@@ -191,17 +223,17 @@ class RolloutRecord:
                     return index, length
         return None
 
-    def _anchor(self, history: _History) -> tuple[int, int] | None:
+    def _anchor(self, call: _Call) -> tuple[int, int] | None:
         """(turn, messages up to and with it) of the deepest sampled message in this history."""
-        for length in range(len(history.messages), 0, -1):
+        history = call.history
+        for length in range(len(history), 0, -1):
             turns = self._ending.get(history.chain[length])
             if not turns:
                 continue
-            answer = history.messages[length - 1]
             echoed = history.forms[length - 1].role == "assistant"
-            if not echoed and length == len(history.messages):
+            if not echoed and length == len(history):
                 continue  # the same prompt again, not the history of an empty answer to it
-            return self._choose(turns, answer if echoed else {}, history.tools), length
+            return self._choose(turns, call.messages[length - 1] if echoed else {}, history.tools), length
         return None
 
     def _choose(self, turns: Sequence[int], answer: Message, tools: bytes) -> int:
@@ -227,67 +259,91 @@ class RolloutRecord:
         """Whether a message of the matched history carries reasoning that was never there. A missing one is fine."""
         return any(
             form.reasoning is not None and form.reasoning not in self._reasonings.get(key, ())
-            for form, key in zip(history.forms[:length], history.chain[1:], strict=False)
+            for form, key in zip(history.forms[:length], history.chain[1 : length + 1], strict=True)
         )
 
     def _leaves_reasoning(self, index: int, new_messages: Sequence[Message]) -> bool:
         """Whether a new user turn follows reasoning that is still in the prompt."""
         if not any(message.get("role") == "user" for message in new_messages):
             return False
+        return any(self._sampled[turn].reasoning for turn in self._path(index))
+
+    def _path(self, index: int) -> Iterator[int]:
+        """This turn, the one that it extends, and so on to the first of its branch."""
         current: int | None = index
         while current is not None:
-            if self._sampled[current].reasoning:
-                return True
+            yield current
             current = self._turns[current].parent
-        return False
 
-    def _fresh(
-        self,
-        history: _History,
-        tools: Sequence[Tool],
-        template_args: Mapping[str, Any],
-        cause: ForkCause | None,
-        *,
-        kept: int | None = None,
-    ) -> PromptPlan:
-        """The template's own render of everything, with the reasoning that the agent left out put back for it."""
-        messages = [
-            self._restored(*item) for item in zip(history.messages, history.forms, history.chain[1:], strict=True)
-        ]
-        ids = self._format.render(messages, tools, template_args=template_args)
-        if kept is not None:
-            turn = self._turns[kept]
-            held = turn.prompt_ids + turn.completion_ids
-            if ids[: len(held)] == held:  # this template leaves earlier reasoning where it was
-                return PromptPlan(ids, kept, None, history)
-        return PromptPlan(ids, None, cause, history)
+    # -- prompts that extend nothing by plan ----------------------------------------------------------------------
 
-    def _restored(self, message: Message, form: Canonical, key: bytes) -> Message:
-        known = self._reasonings.get(key)
-        if form.role != "assistant" or not known or form.reasoning:
-            return message
-        return {**message, "reasoning_content": known[-1]}
+    def _fresh(self, call: _Call, cause: ForkCause | None, anchor: int | None = None) -> PromptPlan:
+        """The template's own render of everything, with the reasoning that the agent left out put back for it.
 
-    def _why_no_anchor(self, history: _History) -> ForkCause | None:
+        It may still start with what a turn held, in ids or in text (what was edited is nothing that the template
+        writes, or the template keeps what it might have dropped). Then nothing is forked.
+        """
+        ids = self._format.render(self._restored(call), call.tools, template_args=call.args)
+        if not self._turns:
+            return PromptPlan(ids, None, None, call.history, 0)
+        holding = [index for index, turn in enumerate(self._turns) if turn.completion_ids and _holds(turn, ids)]
+        if holding:
+            longest = max(holding, key=lambda index: (len(self._turns[index].prompt_ids), index))
+            return PromptPlan(ids, longest, None, call.history, 0)
+
+        nearest = len(self._turns) - 1 if anchor is None else anchor
+        turn = self._turns[nearest]
+        held, decode = turn.prompt_ids + turn.completion_ids, self._format.decode
+        text, begun = decode(ids), decode(held)
+        if turn.completion_ids and text.startswith(begun):
+            added = self._format.encode(text[len(begun) :])
+            if decode(held + added) == text and _LOST not in decode(turn.completion_ids):
+                return PromptPlan(held + added, nearest, None, call.history, 0)
+            cause = ForkCause.RETOKENIZED
+        elif cause is ForkCause.RETEMPLATED and self._strips_reasoning(call, nearest):
+            cause = ForkCause.REASONING_STRIPPED
+        return PromptPlan(ids, None, cause, call.history, 0)
+
+    def _restored(self, call: _Call) -> list[Message]:
+        """The messages, with the reasoning that was sampled where they carry none."""
+        restored = []
+        for message, form, key in zip(call.messages, call.history.forms, call.history.chain[1:], strict=True):
+            known = self._reasonings.get(key)
+            missing = form.role == "assistant" and known and not form.reasoning
+            restored.append({**message, "reasoning_content": known[-1]} if missing and known else message)
+        return restored
+
+    def _strips_reasoning(self, call: _Call, index: int) -> bool:
+        """Whether the template leaves out reasoning that the prompt of this turn's branch still holds."""
+        *_, root = self._path(index)
+        begins = self._sampled[root].length
+        marked, marks = self._restored(call), 0
+        for place in range(begins, len(marked)):
+            if canonical(marked[place]).reasoning:
+                marked[place] = _with_reasoning(marked[place], _MARK)
+                marks += 1
+        text = self._format.decode(self._format.render(marked, call.tools, template_args=call.args))
+        return text.count(_MARK) < marks
+
+    def _why_no_anchor(self, call: _Call) -> ForkCause | None:
         if not self._turns:
             return None
-        answers = [form for form in history.forms if form.role == "assistant" and not form.is_silent]
-        opening = history.forms[0] if history.forms else None
-        if history.key in self._prompts or (
-            not answers and opening and opening.role == "system" and opening.digest not in self._openings
-        ):
+        history = call.history
+        answered = any(form.role == "assistant" and not form.is_silent for form in history.forms)
+        instructed = bool(history.forms) and history.forms[0].role == "system"
+        if history.key in self._prompts or (instructed and not answered and history.chain[1] not in self._openings):
             return ForkCause.RESTARTED
-        if self._has_foreign_ids(history.messages):
+        if self._has_foreign_ids(call.messages):
             return ForkCause.FOREIGN_IDS
-        return ForkCause.COMPACTED if len(history.messages) < self._longest else ForkCause.EDITED
+        return ForkCause.COMPACTED if len(history) < self._longest else ForkCause.EDITED
 
-    def _why_not_extended(self, history: _History, index: int, length: int) -> ForkCause:
+    def _why_not_extended(self, call: _Call, index: int, length: int) -> ForkCause:
         """The anchor is sound but nothing continues it: a later sampled message was replaced, or it is the template."""
-        later = [form for form in history.forms[length:] if form.role == "assistant"]
-        if later and self._has_foreign_ids(history.messages[length:]):
-            return ForkCause.FOREIGN_IDS
-        if later and any(turn.parent == index for turn in self._turns):
-            return ForkCause.EDITED
+        if any(form.role == "assistant" for form in call.history.forms[length:]):
+            if self._has_foreign_ids(call.messages[length:]):
+                return ForkCause.FOREIGN_IDS
+            if any(turn.parent == index for turn in self._turns):
+                return ForkCause.EDITED
         return ForkCause.RETEMPLATED
 
     def _has_foreign_ids(self, messages: Sequence[Message]) -> bool:
@@ -297,38 +353,55 @@ class RolloutRecord:
 
 
 def _hash(
-    messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any], known: _History | None
+    messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any], known: _History
 ) -> _History:
     """`known` is a history whose work is taken over as far as the messages are the same: most calls only add some."""
-    same = 0 if known is None else _common_length(messages, known.messages)
-    forms = (*(known.forms[:same] if known else ()), *(canonical(message) for message in messages[same:]))
-    chain = [*(known.chain[: same + 1] if known else (_ROOT,))]
-    for form in forms[same:]:
+    read = tuple([tuple(map(message.get, READ_FIELDS)) for message in messages])
+    same = _common_length(read, known.read)
+    added = tuple(map(canonical, messages[same:]))
+    chain = [known.chain[same]]
+    for form in added:
         chain.append(_link(chain[-1], form))
-    prefilled = bool(template_args.get("continue_final_message")) and bool(forms) and forms[-1].role == "assistant"
-    return _History(tuple(messages), forms, tuple(chain), tools_digest(tools, template_args), prefilled)
+    forms = known.forms[:same] + added
+    resumed = template_args.get("continue_final_message") and forms and forms[-1].role == "assistant"
+    return _History(
+        read=read,
+        forms=forms,
+        chain=known.chain[:same] + tuple(chain),
+        tools=tools_digest(tools, template_args),
+        prefilled=text_of(messages[-1].get("content")) if resumed else None,
+    )
 
 
-def _common_length(messages: Sequence[Message], others: Sequence[Message]) -> int:
-    """How many messages at the beginning are equal in all that `canonical` looks at."""
-    for length, (one, other) in enumerate(zip(messages, others, strict=False)):
-        if any(one.get(name) != other.get(name) for name in READ_FIELDS):
-            return length
-    return min(len(messages), len(others))
+def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items at the beginning are equal."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:  # most calls only add messages
+        return shorter
+    return next(place for place in range(shorter) if one[place] != other[place])
 
 
-def _held(turn: Turn, length: int) -> TokenIds | None:
-    """The turn's prompt and completion, if together they have this length."""
-    fits = len(turn.prompt_ids) + len(turn.completion_ids) == length
-    return turn.prompt_ids + turn.completion_ids if fits else None
+def _holds(turn: Turn, ids: TokenIds, length: int | None = None) -> bool:
+    """Whether `ids` start with the turn's prompt and completion, and these are so long."""
+    asked, held = len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.completion_ids)
+    if length not in (None, held):
+        return False
+    return ids[asked:held] == turn.completion_ids and ids[:asked] == turn.prompt_ids
+
+
+def _with_reasoning(message: Message, reasoning: str) -> Message:
+    """The message with other reasoning in the same place: in its own field, or in the tags that begin its content."""
+    fields = [name for name in REASONING_FIELDS if message.get(name)]
+    if fields:
+        return {**message, **dict.fromkeys(fields, reasoning)}
+    return {**message, "content": f"<think>\n{reasoning}\n</think>\n\n{split_reasoning(message)[0]}"}
 
 
 def _after(history: _History, message: Message, form: Canonical) -> list[tuple[Canonical, bytes]]:
     """Forms of the message and keys of the histories that mean "this was sampled": a prefill may come back joined."""
     said = [(form, _link(history.key, form))]
-    if history.prefilled:
-        before = text_of(history.messages[-1].get("content"))
-        joined = canonical({**message, "content": before + text_of(message.get("content"))})
+    if history.prefilled is not None:
+        joined = canonical({**message, "content": history.prefilled + text_of(message.get("content"))})
         said.append((joined, _link(history.chain[-2], joined)))
     return said
 

@@ -9,6 +9,7 @@ cannot be proven is not used.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import orjson
 from gymlink.align.base import NO_ARGS, FormatReport, Parsed
 from gymlink.align.canonical import digest, split_reasoning, tool_calls_of
 from gymlink.align.parsing import Parser, safe_decode, safe_parse
-from gymlink.align.template import PROBE_TOOL, ChatTemplate, probe_call
+from gymlink.align.template import PROBE_TOOL, Template, probe_call
 from gymlink.errors import AlignmentError
 from gymlink.types import FinishReason, Message, TokenIds, Tool
 
@@ -28,7 +29,10 @@ MAX_PROOFS: Final = 1024
 """Proofs that are kept: more than any run needs, unless template arguments differ from row to row."""
 
 _T = TypeVar("_T")
+_CLOSING_TAG = re.compile(r"</(think[^<>]*)>")
 _ASKED: Final[Message] = {"role": "user", "content": "question"}
+_RULES: Final[Message] = {"role": "system", "content": "some rules"}
+_ANSWERED: Final[Message] = {"role": "assistant", "content": "an answer"}
 _CALLS, _TEXT_AND_CALLS, _ANY = "calls", "text and calls", ""
 _KINDS: Final[Mapping[str, tuple[tuple[str, ...], str, bool]]] = {
     "user": (("user",), _ANY, False),
@@ -60,19 +64,20 @@ class _Proof:
     """What the template writes between that argument and the turn's end marker."""
     end_marker: TokenIds
     """What closes the turn. Empty where only the next role's marker does (GLM)."""
+    goes_on: bool
+    """The new messages go on in the same turn (Gemma joins answers): nothing continues one that sampling closed."""
 
 
 class TemplateFormat:
     """The format of any tokenizer with a chat template: rendered by the template, continued by its own suffix."""
 
-    def __init__(self, template: ChatTemplate, parser: Parser) -> None:
+    def __init__(self, template: Template, parser: Parser) -> None:
         self.name = parser.name
         self._template = template
         self._parser = parser
         self._sentinel = "Zq" + secrets.token_hex(12)
         self._proofs: dict[_Shape, _Proof | None] = {}
         self._reasons: dict[_Shape, str] = {}
-        self._openers = self._find_openers()
         self._stops: dict[int, None] = dict.fromkeys(parser.stop_token_ids)
         eos = template.tokenizer.eos_token_id
         self._stops.update(dict.fromkeys([eos] if isinstance(eos, int) else eos or []))
@@ -88,6 +93,14 @@ class TemplateFormat:
     def writes_tools(self) -> bool:
         """See `ChatFormat.writes_tools`."""
         return self.report.writes_tools
+
+    def encode(self, text: str) -> TokenIds:
+        """See `ChatFormat.encode`."""
+        return tuple(self._template.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `ChatFormat.decode`."""
+        return safe_decode(self._template.decode, ids)
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
@@ -116,6 +129,8 @@ class TemplateFormat:
             return None
         text = self._after_turn(proof, new_messages, tools, template_args, answered)
         if text is None:
+            return None
+        if ended and proof.goes_on:
             return None
         ids = self._template.encode(text)
         sampled = _sampled_part(completion_ids, ids, proof.end_marker, ended=ended)
@@ -201,12 +216,12 @@ class TemplateFormat:
         """A turn cut inside its reasoning is closed as the template writes reasoning without an answer."""
         if self._reasoning_end is None:
             return ()
-        text = self._template.opening(prompt_ids) + safe_decode(self._template.decode, completion_ids)
-        if text.rfind("<think>") <= text.rfind("</think>"):
-            return ()
-        return self._reasoning_end
+        opened, closed, ids = self._reasoning_end
+        text = self._template.opening(prompt_ids) + self.decode(completion_ids)
+        return ids if text.rfind(opened) > text.rfind(closed) else ()
 
-    def _find_reasoning_end(self) -> TokenIds | None:
+    def _find_reasoning_end(self) -> tuple[str, str, TokenIds] | None:
+        """The tags around reasoning, and the ids between it and the answer; None where no tags are."""
         thought, said = self._sentinel + "r", self._sentinel + "c"
         message = {"role": "assistant", "content": said, "reasoning_content": thought}
         try:
@@ -214,7 +229,8 @@ class TemplateFormat:
         except AlignmentError:
             return None
         end, found, _ = text.partition(thought)[2].partition(said)
-        return tuple(self._template.encode(end)) if found and end.strip() == "</think>" else None
+        tag = _CLOSING_TAG.fullmatch(end.strip())
+        return (f"<{tag[1]}>", f"</{tag[1]}>", self.encode(end)) if found and tag else None
 
     # -- proofs --------------------------------------------------------------------------------------------------
 
@@ -253,12 +269,12 @@ class TemplateFormat:
                 for word in ("one", "two"):
                     new = _probe_messages(shape.roles, word)
                     try:
-                        whole = self._template.text([*base, answer, *new], tools, template_args)
+                        whole, ids = self._template.written([*base, answer, *new], tools, template_args)
                     except AlignmentError as error:
                         self._reasons[shape] = str(error)
                         break
                     suffix = self._after_turn(proof, new, tools, template_args, answer)
-                    if suffix is None or not self._continues(whole, suffix, new):
+                    if suffix is None or not self._continues(whole, ids, suffix, new):
                         return None
                     heads.append(whole[: len(whole) - len(suffix)])
                 else:
@@ -270,13 +286,13 @@ class TemplateFormat:
         self._reasons.pop(shape, None)
         return proof
 
-    def _continues(self, whole: str, suffix: str, new: Sequence[Message]) -> bool:
+    def _continues(self, whole: str, ids: TokenIds, suffix: str, new: Sequence[Message]) -> bool:
         """Whether the whole render ends with `suffix`, in text and in ids, and the suffix says every new message."""
         if not suffix or not whole.endswith(suffix) or not all(str(message["content"]) in suffix for message in new):
             return False
         encode, decode = self._template.encode, self._template.decode
-        ids, added = encode(whole), encode(suffix)
-        if ids[len(ids) - len(added) :] == added:
+        added = encode(suffix)
+        if ids[len(ids) - len(added) :] == tuple(added):
             return True
         # Without a control token at the seam, merges may cross it: then the text must survive, which is what is sampled
         # after. Sampled text has no canonical ids there either.
@@ -307,41 +323,43 @@ class TemplateFormat:
             if ends < 0:
                 return None
             call_end = shared[:ends]
-        marker = self._end_marker(followed[len(call_end) :], final[len(call_end) :])
-        return _Proof(after_call, call_end, marker)
+        prompted, *others = (
+            (self._after_sentinel([_ASKED, answer, *next_], tools, resting) or "").removeprefix(call_end)
+            for next_ in ([], [_ASKED], [_RULES], [_ANSWERED])
+        )
+        if prompted:  # else that answer is left open, and only another one shows how it ends
+            others[-1] = prompted
+        followed, final = followed[len(call_end) :], final[len(call_end) :]
+        joins = shape.roles[:1] == ("assistant",) and self._begins_special(final) and not self._begins_special(followed)
+        return _Proof(after_call, call_end, self._end_marker(followed, final, others), joins)
 
-    def _end_marker(self, followed: str, final: str) -> TokenIds:
-        """The ids that close a turn; notes every id that sampling may stop at."""
-        special = self._template.special_ids
-        next_ids, last_ids = self._template.encode(followed), self._template.encode(final)
-        shared = _shared(next_ids, last_ids)
-        closing = max((place for place, token in enumerate(shared) if token in special), default=-1) + 1
-        if not closing and next_ids and last_ids and next_ids[0] in special and last_ids[0] in special:
-            closing = 1  # the final turn is closed by another token than earlier ones (gpt-oss)
+    def _end_marker(self, followed: str, final: str, others: Sequence[str]) -> TokenIds:
+        """The ids that close a turn, whoever speaks next and also when nobody does; notes what sampling may stop at.
+
+        Where the turn ends with the next role's own marker (GLM), there are none.
+        """
+        special, encode = self._template.special_ids, self._template.encode
+        next_ids, last_ids = encode(followed), encode(final)
+        whoever = next_ids
+        for other in filter(None, others):
+            whoever = _shared(whoever, encode(other))
+        places = [place for place, token in enumerate(whoever) if token in special]
+        if not last_ids:  # the last turn is left open, so only the first token is known to close an earlier one
+            closing = places[0] + 1 if places else 0
+        else:
+            both = len(_shared(whoever, last_ids))
+            closing = max((place + 1 for place in places if place < both), default=0)
+            if not closing and places[:1] == [0] and last_ids[0] in special:
+                closing = 1  # the last turn is closed by another token than earlier ones (gpt-oss)
         marker = tuple(next_ids[:closing])
-        if marker and marker[-1] in self._openers:
-            marker = ()  # GLM: the turn ends where the next role's marker begins, and that marker belongs to it
         ends = [marker[-1]] if marker else next_ids[:1]
         if marker and marker[-1] not in last_ids:
-            ends += last_ids[:1]  # what the final turn is closed by
+            ends += last_ids[:1]
         self._stops.update(dict.fromkeys(token for token in ends if token in special))
         return marker
 
-    def _find_openers(self) -> frozenset[int]:
-        """The control tokens that stand right before a message's text."""
-        word = self._sentinel
-        called: Message = {"role": "assistant", "content": "", "tool_calls": [probe_call("call00000", "this")]}
-        result: Message = {"role": "tool", "tool_call_id": "call00000", "name": "probe_tool", "content": word}
-        openers = set()
-        for messages in ([{"role": "user", "content": word}], [_ASKED, called, result]):
-            try:
-                before = self._template.text(messages, [PROBE_TOOL]).partition(word)[0]
-            except AlignmentError:
-                continue
-            openers.update(
-                [token for token in self._template.encode(before) if token in self._template.special_ids][-1:]
-            )
-        return frozenset(openers)
+    def _begins_special(self, text: str) -> bool:
+        return any(token in self._template.special_ids for token in self._template.encode(text)[:1])
 
     def _special_texts(self) -> list[str]:
         return [text for text in (self._template.decode([token]) for token in self._template.special_ids) if text]
@@ -405,7 +423,7 @@ def _probe_messages(kinds: Sequence[str], word: str) -> list[Message]:
 def _probe_answers(shape: _Shape) -> Iterator[Message]:
     results = len(list(takewhile(lambda kind: kind.startswith("tool"), shape.roles)))
     if not results:
-        yield {"role": "assistant", "content": "an answer"}
+        yield _ANSWERED
         yield {"role": "assistant", "content": "an answer", "reasoning_content": "a thought"}
         return
     calls = [probe_call(f"call{place:05}", "this") for place in range(results)]
@@ -417,7 +435,7 @@ def _probe_answers(shape: _Shape) -> Iterator[Message]:
 def _probe_histories(*, with_tools: bool) -> Iterator[list[Message]]:
     answer: Message = {"role": "assistant", "content": "an earlier answer"}
     yield [_ASKED]
-    yield [{"role": "system", "content": "some rules"}, _ASKED]
+    yield [_RULES, _ASKED]
     yield [_ASKED, answer, {"role": "user", "content": "another question"}]
     if with_tools:
         called: Message = {"role": "assistant", "content": "", "tool_calls": [probe_call("call90000", "that")]}

@@ -1,14 +1,15 @@
-"""A tokenizer's chat template, spoken to in its own dialect.
+"""What writes a tokenizer's conversations, spoken to in its own dialect.
 
 Templates differ in what they accept: arguments of a tool call as a mapping or as JSON text, content as a string or as
 parts, the role `developer` or only `system`. The dialect is found by probing, once; after that every message is put
-into it, and a template that would drop a message says so instead of dropping it.
+into it, and one that would drop a message without a word refuses it instead.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import orjson
@@ -28,6 +29,8 @@ PROBE_TOOL: Final[Tool] = {
 }
 _TAIL: Final = 1024
 _OPENING: Final = 16
+MAX_SHAPES: Final = 1024
+"""Shapes of conversations that are remembered: far more than there are between two rewritten histories."""
 _OURS: Final = frozenset(
     {"add_generation_prompt", "chat_template", "conversation", "return_dict", "return_tensors", "tokenize", "tools"}
 )
@@ -39,31 +42,40 @@ def probe_call(call_id: str, value: str, key: str = "query") -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": "probe_tool", "arguments": arguments}}
 
 
-class ChatTemplate:
-    """Renders messages as the tokenizer's own template does.
+class Template(ABC):
+    """Writes conversations for one tokenizer: as its chat template does, or as a hand-made format."""
 
-    Raises:
-        ConfigError: the tokenizer has no chat template, or one that renders no plain conversation.
-    """
+    title: str
+    """What it is, for messages to people."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(
-                f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, so messages cannot be "
-                "turned into a prompt. Set `tokenizer.chat_template` (or put chat_template.jinja into the model's "
-                "folder), or name the format: `alignment.format: qwen3`."
-            )
         self.tokenizer = tokenizer
         self.special_ids = _special_ids(tokenizer)
+        self._word = "probe" + secrets.token_hex(4)
+        self._lost: dict[tuple[Any, ...], int | None] = {}
         self._parts = False
         self._json_arguments = False
         self._find_dialect()
 
     @property
+    @abstractmethod
     def source(self) -> str:
-        """The template's text; every named template when the tokenizer holds several."""
-        held = self.tokenizer.chat_template
-        return held if isinstance(held, str) else "\n".join(map(str, getattr(held, "values", list)()))
+        """The program that writes, as text."""
+
+    @abstractmethod
+    def _write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool],
+        template_args: Mapping[str, Any],
+        *,
+        generate: bool,
+        resumed: bool,
+    ) -> tuple[str, Sequence[int] | None]:
+        """The conversation as text, and as ids where these are not what `encode` makes of the text.
+
+        `resumed` leaves the last message, an assistant's, open. Raises whatever it likes.
+        """
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -88,13 +100,26 @@ class ChatTemplate:
         except AlignmentError:
             return False
 
-    def ids(self, messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any]) -> TokenIds:
+    def ids(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), template_args: Mapping[str, Any] = NO_ARGS
+    ) -> TokenIds:
         """The whole conversation as ids.
 
         Raises:
             AlignmentError: as `text`.
         """
-        return tuple(self.encode(self.text(messages, tools, template_args)))
+        return self.written(messages, tools, template_args)[1]
+
+    def written(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), template_args: Mapping[str, Any] = NO_ARGS
+    ) -> tuple[str, TokenIds]:
+        """The whole conversation as text and as ids.
+
+        Raises:
+            AlignmentError: as `text`.
+        """
+        text, ids = self._checked(messages, tools, template_args, generate=True)
+        return text, tuple(self.encode(text) if ids is None else ids)
 
     def text(
         self,
@@ -107,13 +132,32 @@ class ChatTemplate:
         """The whole conversation as text; with the generation prompt unless the last message is to be continued.
 
         Raises:
-            AlignmentError: the template refuses the conversation or does not write one of its roles.
+            AlignmentError: the conversation is refused, or something of it would not be written.
         """
+        return self._checked(messages, tools, template_args, generate=generate)[0]
+
+    def _checked(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        template_args: Mapping[str, Any],
+        *,
+        generate: bool,
+    ) -> tuple[str, Sequence[int] | None]:
         if taken := _OURS & template_args.keys() - {"add_generation_prompt"}:
             raise AlignmentError(f"The template arguments {sorted(taken)} cannot be set by a request; leave them out.")
-        for role in {str(message.get("role")) for message in messages} & self.dropped_roles.keys():
-            raise AlignmentError(self.dropped_roles[role])
-        return self._render([self.adapt(message) for message in messages], tools, template_args, generate=generate)
+        args = {key: value for key, value in template_args.items() if key not in _OURS}
+        resumed = bool(args.pop("continue_final_message", False)) and _is_last_assistant(messages)
+        adapted = [self.adapt(message) for message in messages]
+        self._refuse_what_would_vanish(adapted, tools)
+        try:
+            return self._write(adapted, tools, args, generate=generate and not resumed, resumed=resumed)
+        except Exception as error:  # a template is a program of the model's author: it may raise anything
+            roles = [message["role"] for message in adapted]
+            raise AlignmentError(
+                f"{self.title} refuses this conversation ({error}). Its roles are {roles!r}. Change the messages, or "
+                "the tokenizer's chat template."
+            ) from error
 
     def adapt(self, message: Message) -> dict[str, Any]:
         """The message in this template's dialect. Non-text content is refused."""
@@ -140,86 +184,135 @@ class ChatTemplate:
             function["arguments"] = _as_mapping(arguments)
         return {"type": "function", **({"id": call["id"]} if call.get("id") else {}), "function": function}
 
-    def _render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Tool],
-        template_args: Mapping[str, Any],
-        *,
-        generate: bool,
-    ) -> str:
-        args = {key: value for key, value in template_args.items() if key not in _OURS}
-        resumed = args.pop("continue_final_message", False)
-        if resumed and messages and messages[-1]["role"] == "assistant":
-            args["continue_final_message"] = resumed
-            generate = False
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=generate,
-                **args,
-            )
-        except Exception as error:  # a template is a program of the model's author: it may raise anything
-            roles = [message["role"] for message in messages]
+    # -- what a template would leave out without a word ----------------------------------------------------------
+
+    def _refuse_what_would_vanish(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> None:
+        """A conversation of this shape is written once with words of its own in each message, and some have to show."""
+        shape = (bool(tools), *_shape(messages))
+        if shape not in self._lost:
+            if len(self._lost) >= MAX_SHAPES:
+                self._lost.clear()
+            self._lost[shape] = self._find_lost(messages, tools)
+        place = self._lost[shape]
+        if place is not None:
             raise AlignmentError(
-                f"The chat template of {self.tokenizer.name_or_path!r} refuses this conversation ({error}). Its roles "
-                f"are {roles!r}. Change the messages, or the tokenizer's chat template."
-            ) from error
-        return str(text)
+                f"{self.title} writes nothing for a message of role {messages[place]['role']!r} (number {place + 1} of "
+                f"{len(messages)}), so the model would never see it. Use a template that knows such a message there, "
+                "or leave it out."
+            )
+
+    def _find_lost(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> int | None:
+        """The place of a message of which nothing shows; None where there is none, or where all are refused anyway."""
+        probes: list[Message] = []
+        for place, message in enumerate(messages):
+            word = f"{self._word}{place}x"
+            calls = [
+                {**call, "function": {**call["function"], "arguments": {"query": word}}}
+                for call in tool_calls_of(message)
+            ]
+            probe = {**message, "content": word if text_of(message["content"]) else ""}
+            probes.append({**probe, "tool_calls": calls} if calls else probe)
+        text = self._try(probes, tools)
+        if text is None:
+            return None
+        spoken = (place for place, probe in enumerate(probes) if probe["content"] or tool_calls_of(probe))
+        return next((place for place in spoken if f"{self._word}{place}x" not in text), None)
 
     # -- finding the dialect -------------------------------------------------------------------------------------
 
     def _find_dialect(self) -> None:
-        self.dropped_roles: dict[str, str] = {}
         self.maps_developer = True
-        word = "probe" + secrets.token_hex(4)
-        user = {"role": "user", "content": word}
+        word = self._word
+        user: Message = {"role": "user", "content": word}
         if not self._shows(word, [user]):
             self._parts = True
             if not self._shows(word, [user]):
                 raise ConfigError(
-                    f"The chat template of {self.tokenizer.name_or_path!r} does not write a plain user message, so no "
-                    "prompt can be made. Check `tokenizer.chat_template`."
+                    f"{self.title} does not write a plain user message, so no prompt can be made. Check "
+                    "`tokenizer.chat_template`."
                 )
-        asked = {"role": "user", "content": "question"}
-        called = {"role": "assistant", "content": "", "tool_calls": [probe_call("call00001", word)]}
-        result = {"role": "tool", "tool_call_id": "call00001", "name": "probe_tool", "content": "result"}
+        asked: Message = {"role": "user", "content": "question"}
+        called: Message = {"role": "assistant", "content": "", "tool_calls": [probe_call("call00001", word)]}
+        result: Message = {"role": "tool", "tool_call_id": "call00001", "name": "probe_tool", "content": "result"}
         if not self._shows(word, [asked, called, result]):
             self._json_arguments = True
             if not self._shows(word, [asked, called, result]):
                 self._json_arguments = False
         quoted = any(quote + "developer" + quote in self.source for quote in ("'", '"'))
         self.maps_developer = not (quoted and self._shows(word, [{"role": "developer", "content": word}, asked]))
-        for role in ("system", "tool"):
-            self._note_if_dropped(role, word, asked, called)
 
-    def _note_if_dropped(self, role: str, word: str, asked: Message, called: Message) -> None:
-        """A role that is refused is the template's own error; one that vanishes would be a silent loss."""
-        if role == "system":
-            conversations: list[list[Message]] = [[{"role": "system", "content": word}, asked]]
-        else:
-            result = {"role": "tool", "tool_call_id": "call00001", "name": "probe_tool", "content": word}
-            plain = {"role": "assistant", "content": "answer"}
-            conversations = [[asked, called, result], [asked, plain, result]]
-        rendered = [text for text in map(self._try, conversations) if text is not None]
-        if rendered and not any(word in text for text in rendered):
-            self.dropped_roles[role] = (
-                f"The chat template of {self.tokenizer.name_or_path!r} writes nothing for a message of role {role!r}, "
-                "so the model would never see it. Use a template that knows this role, or leave such messages out."
-            )
-            if role == "system" and self.maps_developer:
-                self.dropped_roles["developer"] = self.dropped_roles[role].replace("'system'", "'developer'")
-
-    def _try(self, messages: Sequence[Message]) -> str | None:
+    def _try(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str | None:
         try:
-            return self.text(messages, [PROBE_TOOL] if messages[-1]["role"] == "tool" else ())
-        except AlignmentError:
+            return self._write(list(map(self.adapt, messages)), tools, {}, generate=True, resumed=False)[0]
+        except Exception:  # noqa: BLE001 - see `text`
             return None
 
     def _shows(self, word: str, messages: Sequence[Message]) -> bool:
-        return word in (self._try(messages) or "")
+        tools = [PROBE_TOOL] if messages[-1]["role"] == "tool" else []
+        return word in (self._try(messages, tools) or "")
+
+
+class ChatTemplate(Template):
+    """A tokenizer's own chat template.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or one that renders no plain conversation.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, so messages cannot be "
+                "turned into a prompt. Set `tokenizer.chat_template` (or put chat_template.jinja into the model's "
+                "folder), or name the format: `alignment.format: qwen3`."
+            )
+        self.title = f"The chat template of {tokenizer.name_or_path!r}"
+        super().__init__(tokenizer)
+
+    @property
+    def source(self) -> str:
+        """The template's text; every named template when the tokenizer holds several."""
+        held = self.tokenizer.chat_template
+        return held if isinstance(held, str) else "\n".join(map(str, getattr(held, "values", list)()))
+
+    def _write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool],
+        template_args: Mapping[str, Any],
+        *,
+        generate: bool,
+        resumed: bool,
+    ) -> tuple[str, Sequence[int] | None]:
+        text = self.tokenizer.apply_chat_template(
+            list(messages),
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=generate,
+            **({"continue_final_message": True} if resumed else {}),
+            **template_args,
+        )
+        return str(text), None
+
+
+def _shape(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    """What a template may look at, but for the words."""
+    called: set[Any] = set()
+    for message in messages:
+        calls = tool_calls_of(message)
+        called.update(call.get("id") for call in calls)
+        yield (
+            message["role"],
+            bool(text_of(message["content"])),
+            len(calls),
+            any(message.get(name) for name in REASONING_FIELDS),
+            "name" in message,
+            message.get("tool_call_id") in called,
+        )
+
+
+def _is_last_assistant(messages: Sequence[Message]) -> bool:
+    return bool(messages) and messages[-1].get("role") == "assistant"
 
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.chat_template_utils import add_response_schema
 
+from chats import FORMATS
 from gymlink.align import ChatFormat, Parsed, load_format
-from gymlink.align.template import PROBE_TOOL
+from gymlink.align.template import PROBE_TOOL, probe_call
 from gymlink.errors import AlignmentError, ConfigError
 
 USER = {"role": "user", "content": "question"}
@@ -53,7 +54,7 @@ def test_a_known_format_is_proven_not_believed(make: Any, format_of: Any) -> Non
     assert isinstance(format_of("qwen3"), ChatFormat)
 
 
-def test_a_known_format_alone_extends_by_its_bridge(make: Any, format_of: Any) -> None:
+def test_a_known_format_alone_extends_as_its_template_does(make: Any, format_of: Any) -> None:
     tokenizer, own = make("qwen3"), format_of("qwen3")
     named = load_format(tokenizer, name="qwen3")
     answer = ids(tokenizer, "an answer")
@@ -63,7 +64,9 @@ def test_a_known_format_alone_extends_by_its_bridge(make: Any, format_of: Any) -
             assert prompt == own.render([USER], tools)
             expected = own.extend(prompt, [*answer, *end], finish, messages, tools)
             assert named.extend(prompt, [*answer, *end], finish, messages, tools) == expected
-    assert named.extend([1], answer, "stop", [{"role": "assistant", "content": "x"}]) is None
+    injected = [USER, {"role": "assistant", "content": "x"}, USER]
+    assert named.extend([1], answer, "length", injected)
+    assert named.extend([1], answer, "length", injected) == own.extend([1], answer, "length", injected)
     args = {"continue_final_message": True}
     assert named.render([USER, {"role": "assistant", "content": "Sure"}], template_args=args)[-1:] == tuple(
         ids(tokenizer, "Sure")[-1:]
@@ -146,6 +149,30 @@ def test_templates_without_a_system_role(format_of: Any, tokenizer_of: Any) -> N
 def test_a_role_that_would_vanish_is_refused(format_of: Any) -> None:
     with pytest.raises(AlignmentError, match="writes nothing for a message of role 'tool'"):
         format_of("phi3").render([USER, {"role": "assistant", "content": "a"}, {"role": "tool", "content": "x"}])
+
+
+VANISHES = {
+    "gemma4": [USER, {"role": "assistant", "content": "a"}, {"role": "tool", "tool_call_id": "c", "content": "found"}],
+    "llama3": [USER, {"role": "assistant", "content": "", "tool_calls": [probe_call("c", "x")]}, USER],
+    "renderers:minimax-m2": [USER, {"role": "assistant", "content": "a"}, {"role": "system", "content": "rules"}, USER],
+    "renderers:qwen3-vl": [USER, {"role": "assistant", "content": "a"}, {"role": "system", "content": "rules"}, USER],
+}
+
+
+@pytest.mark.parametrize("name", VANISHES)
+def test_a_message_that_would_vanish_where_it_stands_is_refused(name: str, format_of: Any) -> None:
+    """Other messages of its role are written, or the same one elsewhere: only the conversation's shape tells."""
+    chat = format_of(name)
+    with pytest.raises(AlignmentError, match=r"writes nothing for a message of role '\w+' \(number [23] of [34]\)"):
+        chat.render(VANISHES[name])
+    assert chat.render(VANISHES[name][:1])
+
+
+def test_a_format_of_renderers_shows_a_developers_message(format_of: Any, tokenizer_of: Any) -> None:
+    """renderers itself writes nothing for this role in most formats, without a word."""
+    for name in [f"renderers:{known}" for known in FORMATS]:
+        rendered = format_of(name).render([{"role": "developer", "content": "some rules"}, USER])
+        assert "some rules" in tokenizer_of(name).decode(rendered), name
 
 
 def test_content_as_parts_and_arguments_as_json(format_of: Any, tokenizer_of: Any) -> None:
