@@ -33,6 +33,8 @@ def create_front(secret: str, router: Router, agents: Mapping[str, str]) -> ASGI
 
     async def nobodys(_request: Request, _body: Mapping[str, Any], rollout: str | None) -> Response:
         message = f"No worker of this job owns the rollout {rollout!r}."
+        if rollout is None:
+            message += " An agent that builds its own requests has to pass on responses_create_params.metadata."
         raise WireError(404, message, kind="not_found_error", param="rollout")
 
     async def run(request: Request) -> Response:
