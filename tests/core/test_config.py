@@ -65,3 +65,11 @@ def test_a_missing_file_and_bad_yaml_are_said(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("gym: [")
     with pytest.raises(ConfigError, match="is not valid YAML"):
         load_settings(tmp_path / "bad.yaml")
+
+
+def test_token_ids_stay_at_the_gateway_unless_they_are_asked_to_travel() -> None:
+    gym = {"gym": {"config_paths": ["a.yaml"]}}
+    assert not parse_settings(gym).gateway.ids_travel
+    assert parse_settings({**gym, "gateway": {"token_ids": "messages"}}).gateway.ids_travel
+    with pytest.raises(ConfigError, match=r"gateway\.token_ids: .* 'capture' or 'messages' \(got 'both'\)"):
+        parse_settings({**gym, "gateway": {"token_ids": "both"}})
