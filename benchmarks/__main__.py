@@ -34,7 +34,7 @@ def main() -> None:
     if page is not None:
         check_page(page)
 
-    console = Console()
+    console = Console(width=max(Console().width, 150))  # a pipe has 80, too few for the figures
     results = []
     for name in asked.names or NAMES:
         started = time.monotonic()
@@ -52,10 +52,12 @@ def show(console: Console, title: str, result: Result) -> None:
     for row in result.rows:
         figures.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(figures)
-    told = Table("measured", "gymlink", "the other way", "times better", "goal")
+    told = Table("measured", "gymlink", "compared with", "times better", "goal")
     for line in result.lines:
         verdict = f"{line.goal} ({'met' if line.met else 'MISSED'})" if line.goal else ""
-        told.add_row(line.measured, line.gymlink, line.other, "" if line.ratio is None else times(line.ratio), verdict)
+        told.add_row(
+            line.measured, line.gymlink, line.compared, "" if line.ratio is None else times(line.ratio), verdict
+        )
     console.print(told)
 
 

@@ -21,9 +21,10 @@ from typing import Any
 
 import orjson
 from conversation import Agent, Gateway, Turn
-from report import Line, Result, megabytes, ms, short
+from report import Line, Result, duration, megabytes, short
 
 LEAST_RATIO = 10.0
+IDS_ON_MESSAGES = "token ids on messages"
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,9 @@ def run(*, small: bool = False) -> Result:
     fields: list[_Spent] = []
     with Gateway() as gateway:
         for number in range(sizes.rollouts + 1):
-            for mode, spent in (("capture", capture), ("fields", fields)):
-                spent.append(
-                    _rollout(gateway, Agent(f"{mode}-{number}", sizes.turn, sizes.opening, mode == "fields"), sizes)
-                )
+            for spent, ids in ((capture, False), (fields, True)):
+                agent = Agent(f"{number}-{ids}", sizes.turn, sizes.opening, ids_on_messages=ids)
+                spent.append(_rollout(gateway, agent, sizes))
     del capture[0], fields[0]  # the warm-up
     sent = f"a rollout of {sizes.turns} turns and {short(sizes.tokens / 1e3)}k tokens"
 
@@ -86,9 +86,9 @@ def run(*, small: bool = False) -> Result:
     return Result(
         [_row("capture", capture), _row("message fields", fields)],
         [
-            _line(f"bytes that {sent} sends (ids on messages)", megabytes, LEAST_RATIO, of(lambda one: one.bytes)),
-            _line("CPU for writing and reading them (ids on messages)", ms, LEAST_RATIO, of(lambda one: one.json_s)),
-            _line("CPU for them with the gateway's (ids on messages)", ms, 0, of(lambda one: one.all_s)),
+            _line(f"bytes sent for {sent}", megabytes, LEAST_RATIO, of(lambda one: one.bytes)),
+            _line("CPU for writing and reading them as JSON", duration, LEAST_RATIO, of(lambda one: one.json_s)),
+            _line("the same, with all of the gateway's CPU", duration, 0, of(lambda one: one.all_s)),
         ],
         asdict(sizes),
     )
@@ -113,7 +113,8 @@ def _line(measured: str, unit: Callable[[float], str], goal: float, values: Sequ
     """`values`: of each rollout, in capture mode and with message fields."""
     ours, theirs = (median(mode) for mode in zip(*values, strict=True))
     ratio = theirs / ours
-    return Line(measured, unit(ours), unit(theirs), ratio, f"{goal:g} times" if goal else "", ratio >= goal)
+    compared = f"{IDS_ON_MESSAGES}: {unit(theirs)}"
+    return Line(measured, unit(ours), compared, ratio, f"{goal:g} times" if goal else "", ratio >= goal)
 
 
 def _rollout(gateway: Gateway, agent: Agent, sizes: Sizes) -> _Spent:

@@ -37,8 +37,11 @@ from gymlink.types import Generation, Message, Sampling
 
 SECRET = "of the benchmarks"
 VOCABULARY = 4096
-MODULES = (argparse, ast, dataclasses, datetime, difflib, doctest, inspect, subprocess, tarfile, typing, zipfile)
-"""Their source is what tools answer; the policy's own words are from the reference."""
+MODULES: Final = (argparse, ast, dataclasses, datetime, difflib, doctest, inspect, subprocess, tarfile, typing, zipfile)
+PROSE: Final = tuple(topics.values())
+"""What the policy says."""
+CODE: Final = tuple(map(inspect.getsource, MODULES))
+"""What tools answer."""
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 ID_FIELDS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
@@ -59,10 +62,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     made.chat_template = files("trl").joinpath("chat_templates/qwen3.jinja").read_text()
     return made
-
-
-PROSE: Final = tuple(topics.values())
-CODE: Final = tuple(map(inspect.getsource, MODULES))
 
 
 class Text:

@@ -29,7 +29,7 @@ from statistics import quantiles
 import aiohttp
 import orjson
 from conversation import CODE, PROSE, SECRET, Agent, Text, Turn, tokenizer
-from report import Line, Result, megabytes, ms, short
+from report import Line, Result, duration, megabytes, short
 
 from gymlink.align import load_format
 from gymlink.config import GatewaySettings
@@ -109,13 +109,17 @@ def run(*, small: bool = False) -> Result:
                 "gateway peak MB": kept.peak_bytes / 1e6,
             }
         )
-        told = f"p50 {ms(p50)}, p99 {ms(p99)}, {short(sizes.rollouts / seconds)} rollouts/s, {lost} lost"
+        told = f"p50 {duration(p50)}, p99 {duration(p99)}, {short(sizes.rollouts / seconds)} rollouts/s, {lost} lost"
         engine = f"{least:g} s" if least == most else f"{least:g} to {most:g} s"
-        measured = f"latency added to {sizes.rollouts:,} rollouts of {sizes.turns} turns at once, engine of {engine}"
+        measured = (
+            f"added latency, {sizes.rollouts:,} rollouts of {sizes.turns} turns at once, an engine that takes {engine}"
+        )
         lines.append(Line(measured, told, goal="none lost", met=lost == 0))
     peak = max(float(row["gateway peak MB"]) for row in rows) * 1e6
     goal = f"below {megabytes(MOST_BYTES)}"
-    lines.append(Line("peak memory of the gateway's process then", megabytes(peak), goal=goal, met=peak < MOST_BYTES))
+    lines.append(
+        Line("peak memory of the gateway's process meanwhile", megabytes(peak), goal=goal, met=peak < MOST_BYTES)
+    )
     return Result(rows, lines, asdict(sizes))
 
 

@@ -23,13 +23,14 @@ Row = Mapping[str, str | int | float]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table: what was measured, what gymlink needs, and what the other way needs."""
+    """One line of the table: what was measured, gymlink's figure, and what it is compared with."""
 
     measured: str
     gymlink: str
-    other: str = ""
+    compared: str = ""
+    """The other way and its figure: "double render: 100 ms"."""
     ratio: float | None = None
-    """How many times better than the other way."""
+    """How many times better gymlink is."""
     goal: str = ""
     met: bool = True
 
@@ -72,10 +73,10 @@ def write_result(folder: Path, name: str, result: Result) -> None:
 def markdown(results: Sequence[Result]) -> str:
     """The table of README.md."""
     where = machine()
-    table = ["| measured | gymlink | the other way | times better |", "| --- | --- | --- | --- |"]
+    table = ["| measured | gymlink | compared with | times better |", "| --- | --- | --- | --- |"]
     for line in (line for result in results for line in result.lines):
         ratio = "" if line.ratio is None else times(line.ratio)
-        table.append(f"| {line.measured} | {line.gymlink} | {line.other} | {ratio} |")
+        table.append(f"| {line.measured} | {line.gymlink} | {line.compared} | {ratio} |")
     told = f"One run of `make bench` on {where['cores']} cores ({where['processor']}), Python {where['python']}."
     return "\n".join([told, "", *table])
 
@@ -98,8 +99,8 @@ def times(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 20 else f"{ratio:.1f}" if ratio >= 2 else f"{ratio:.2f}"
 
 
-def ms(seconds: float) -> str:
-    return f"{short(seconds * 1e3)} ms"
+def duration(seconds: float) -> str:
+    return f"{short(seconds)} s" if seconds >= 1 else f"{short(seconds * 1e3)} ms"
 
 
 def megabytes(count: float) -> str:
