@@ -146,7 +146,7 @@ class RolloutRecord:
             return self._fresh(call, ForkCause.EDITED, index)
         if self._drop_reasoning and self._leaves_reasoning(index, messages[length:]):
             fresh = self._fresh(call, ForkCause.REASONING_STRIPPED, index)
-            if fresh.parent is not None or self._strips_reasoning(call, index):
+            if fresh.parent is not None or self._strips_reasoning(call, index, fresh.prompt_ids):
                 return fresh
 
         turn = self._turns[index]
@@ -300,7 +300,7 @@ class RolloutRecord:
             if decode(held + added) == text and _LOST not in decode(turn.completion_ids):
                 return PromptPlan(held + added, nearest, None, call.history, 0)
             cause = ForkCause.RETOKENIZED
-        elif cause is ForkCause.RETEMPLATED and self._strips_reasoning(call, nearest):
+        elif cause is ForkCause.RETEMPLATED and self._strips_reasoning(call, nearest, ids):
             cause = ForkCause.REASONING_STRIPPED
         return PromptPlan(ids, None, cause, call.history, 0)
 
@@ -313,17 +313,23 @@ class RolloutRecord:
             restored.append({**message, "reasoning_content": known[-1]} if missing and known else message)
         return restored
 
-    def _strips_reasoning(self, call: _Call, index: int) -> bool:
+    def _strips_reasoning(self, call: _Call, index: int, rendered: TokenIds) -> bool:
         """Whether the template leaves out reasoning that the prompt of this turn's branch still holds."""
         *_, root = self._path(index)
-        begins = self._sampled[root].length
+        begins, text = self._sampled[root].length, self._format.decode(rendered)
         marked, marks = self._restored(call), 0
         for place in range(begins, len(marked)):
-            if canonical(marked[place]).reasoning:
+            reasoning = canonical(marked[place]).reasoning
+            if reasoning and reasoning not in text:
+                return True
+            if reasoning:  # it shows, or some other text reads like it: a word that is nowhere else tells
                 marked[place] = _with_reasoning(marked[place], _MARK)
                 marks += 1
-        text = self._format.decode(self._format.render(marked, call.tools, template_args=call.args))
-        return text.count(_MARK) < marks
+        if not marks:
+            return False
+        return (
+            self._format.decode(self._format.render(marked, call.tools, template_args=call.args)).count(_MARK) < marks
+        )
 
     def _why_no_anchor(self, call: _Call) -> ForkCause | None:
         if not self._turns:

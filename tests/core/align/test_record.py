@@ -3,12 +3,15 @@ do to a history; and what others ask of a record."""
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Any
 
 import pytest
 
 from chats import Agent, chat_of, held_by
-from gymlink.align import build_segments
+from gymlink.align import build_segments, canonical
+from gymlink.align import record as record_module
 from gymlink.align.template import PROBE_TOOL, probe_call
 from gymlink.types import ForkCause, Generation
 
@@ -298,6 +301,31 @@ def test_a_message_that_changed_since_the_last_call_is_read_anew(qwen: Agent, ch
     assert qwen.record.plan([U1, first, result], [PROBE_TOOL]).parent == 0
     plan = qwen.record.plan([U1, {**first, **changed}, result], [PROBE_TOOL])
     assert (plan.parent, plan.cause) == (None, ForkCause.EDITED)
+
+
+# -- what a call costs --------------------------------------------------------------------------------------------
+
+
+def test_what_was_read_is_not_read_again(qwen: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(record_module, "canonical", lambda message: read.append(message) or canonical(message))
+    history: list[Any] = [U1]
+    for turn in range(30):
+        answer = qwen.say(history, f"answer {turn}")
+        history = json.loads(json.dumps([*history, answer, U2]))  # new objects, as over HTTP
+    assert [turn.parent for turn in qwen.record.turns] == [None, *range(29)]
+    assert (
+        len(read) == 1 + 3 * 30 - 2
+    )  # for each turn its answer when it is sampled, and then what is new: two messages
+
+
+def test_no_ids_of_a_message_are_held(qwen: Agent) -> None:
+    """NeMo Gym sends the whole prompt's ids with each answer, so a history holds them over and over."""
+    first = qwen.say([U1], "an answer")
+    messages = [U1, first, U2]
+    held = sys.getrefcount(first["prompt_token_ids"]), sys.getrefcount(first["generation_token_ids"])
+    qwen.say(messages, "another answer")
+    assert (sys.getrefcount(first["prompt_token_ids"]), sys.getrefcount(first["generation_token_ids"])) == held
 
 
 # -- what others ask of a record ----------------------------------------------------------------------------------
