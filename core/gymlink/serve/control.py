@@ -32,6 +32,7 @@ from gymlink.gateway import (
     until_hang_up,
 )
 from gymlink.gym import parse_row
+from gymlink.serve.metrics import CONTENT_TYPE, GatewayMetrics
 from gymlink.serve.wire import (
     PREFIX,
     ClosedRollout,
@@ -74,6 +75,7 @@ class Control:
         self._collects = collects
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self._updating = asyncio.Lock()
+        self._metrics = GatewayMetrics(session.service)
 
     @property
     def routes(self) -> list[Route]:
@@ -87,7 +89,8 @@ class Control:
             "/weights": self.load_weights,
         }
         posts = [Route(PREFIX + path, guarded(handler), methods=["POST"]) for path, handler in table.items()]
-        return [*posts, Route(f"{PREFIX}/status", guarded(self.status), methods=["GET"])]
+        gets = {f"{PREFIX}/status": self.status, "/metrics": self.metrics}
+        return [*posts, *(Route(path, guarded(handler), methods=["GET"]) for path, handler in gets.items())]
 
     async def open(self, request: Request) -> Response:
         """Open a rollout for an agent of the trainer's own."""
@@ -120,6 +123,7 @@ class Control:
             raise WireError(400, str(error), kind="invalid_request_error", param="last_turn") from error
         self._deadlines.pop(rollout_id).cancel()
         self._service.close(rollout_id)
+        self._metrics.count(rollout.record.turns)
         return _answer(
             ClosedRollout(
                 rollout_id=rollout_id,
@@ -149,6 +153,8 @@ class Control:
             batch = await until_hang_up(request, self._session.collecting(requests, sampling=sampling))
         except (RolloutError, GymError) as error:
             raise WireError(500, str(error), kind="rollout_error") from error
+        for rollout in batch.rollouts:
+            self._metrics.count(rollout.turns)
         rollouts = [CollectedRollout.of(rollout, rollout.request.index // asked.samples) for rollout in batch.rollouts]
         return _answer(Collected(rollouts, batch.metrics))
 
@@ -198,6 +204,10 @@ class Control:
     async def status(self, _: Request) -> Response:
         """How the gateway is."""
         return self._status()
+
+    async def metrics(self, _: Request) -> Response:
+        """The same for Prometheus."""
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     def _status(self) -> Response:
         service, totals = self._service, self._service.totals

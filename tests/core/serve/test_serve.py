@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 from gymlink.client import GatewayClient
 from gymlink.config import PolicySettings
@@ -245,6 +246,26 @@ def test_a_last_turn_that_there_is_not_is_refused(serve: Callable[..., GatewayCl
 def test_a_gateway_that_is_not_there_is_said() -> None:
     with GatewayClient("http://127.0.0.1:1", SECRET) as nobody, pytest.raises(GatewayError, match="cannot be reached"):
         nobody.status()
+
+
+def test_prometheus_reads_the_figures(serve: Callable[..., GatewayClient]) -> None:
+    gateway = serve()
+    with gateway.rollout() as rollout:
+        ask(rollout.base_url, rollout.api_key, [USER])
+        ask(rollout.base_url, rollout.api_key, [USER, {"role": "assistant", "content": "never said"}, MORE])
+    answer = httpx.get(f"{gateway.url}/metrics", headers={"Authorization": f"Bearer {SECRET}"})
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    figures = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    assert rollout.closed is not None
+    assert figures["gymlink_sampled_tokens_total", "rollout"] == rollout.closed.sampled_tokens
+    assert figures["gymlink_prefix_breaks_total", "edited"] == 1
+    assert figures["gymlink_prefix_breaks_total", "compacted"] == 0
+    assert (figures["gymlink_turns_total",], figures["gymlink_requests_total",]) == (2, 2)
+    assert figures["gymlink_open_rollouts",] == 0
 
 
 def test_many_agents_at_a_time(serve: Callable[..., GatewayClient]) -> None:
