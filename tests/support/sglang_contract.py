@@ -88,6 +88,7 @@ class SglangContract:
                 web.post("/pause_generation", self.pause),
                 web.post("/continue_generation", self.go_on),
                 web.post("/update_weights_from_disk", self.update),
+                web.post("/update_weight_version", self.name_version),
             ]
         )
         return app
@@ -201,6 +202,10 @@ class SglangContract:
         message = "Succeeded to update model weights." if found else "Failed to update weights: no such folder."
         done = {"success": found, "message": message, "num_paused_requests": 0}
         return await self._done(request, done, 200 if found else 400)
+
+    async def name_version(self, request: web.Request) -> web.Response:
+        self.version = (await request.json())["new_version"]
+        return await self._done(request, {"success": True, "new_version": self.version})
 
     async def _done(self, request: web.Request, answer: dict[str, Any], status: int = 200) -> web.Response:
         self.controlled.append((request.path, await request.json()))

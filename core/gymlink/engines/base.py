@@ -66,6 +66,9 @@ class UpdatesWeights(Protocol):
 class ServedEngine(Engine, UpdatesWeights, Protocol):
     """An engine that runs elsewhere, and may be away: what `gymlink.engines.EnginePool` is made of."""
 
+    async def ping(self) -> None:
+        """Raise `EngineDownError` when it is not there. A busy one, or one whose weights are being replaced, is."""
+
     async def probe(self) -> int:
         """Ask whether it would answer now, and what it holds (`max_context` is known from then on).
 

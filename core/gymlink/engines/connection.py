@@ -87,10 +87,10 @@ class Connection:
             raise EngineDownError(f"{self.who} cannot be reached: {reason}.") from error
         return self._read(response.status, path, content)
 
-    async def ask_if_known(self, method: str, path: str) -> Any:
+    async def ask_if_known(self, method: str, path: str, body: Any = None) -> Any:
         """Like `ask`, soon; None where the server does not know the path."""
         try:
-            return await self.ask(method, path, timeout_s=PROBE_TIMEOUT_S)
+            return await self.ask(method, path, body, timeout_s=PROBE_TIMEOUT_S)
         except AnsweredError as error:
             if error.status in {404, 405}:
                 return None

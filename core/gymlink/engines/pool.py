@@ -146,7 +146,8 @@ class EnginePool:
     def set_weight_version(self, version: int) -> None:
         """Count the weights that the trainer has put into the replicas that are in as `version`.
 
-        One that is out comes back when it tells that version itself (vLLM: /update_weight_version), and not before.
+        One that is out comes back when it tells that version itself (`/update_weight_version` of vLLM and of SGLang),
+        and not before.
         """
         self._loaded, self._version = None, version
         for replica in self._there():
@@ -214,7 +215,7 @@ class EnginePool:
             await asyncio.sleep(self._probe_every_s)
             try:
                 if replica.down is None:
-                    await replica.engine.probe()
+                    await replica.engine.ping()
                 else:
                     await self._take_back(replica)
             except EngineError as error:

@@ -1,12 +1,13 @@
 """What engines on servers have in common: who is asked, how much room there is, and which weights sampled.
 
-A subclass says how its server is asked (`_sample`, `_load`, `probe`). Nothing that it answers is taken on trust:
+A subclass says how its server is asked (`_sample` and its like). Nothing that it answers is taken on trust:
 each id has a finite logprob, and the prompt that was sampled after is the one that was sent.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -58,6 +59,7 @@ class RemoteEngine(ABC):
         self._given_context = max_context
         self._max_context: int | None = None
         self._version = 0
+        self._untold: int | None = None
         self._meeting = asyncio.Lock()
         self._updating = asyncio.Lock()
         self._closed = False
@@ -75,7 +77,18 @@ class RemoteEngine(ABC):
         return self._version
 
     def set_weight_version(self, version: int) -> None:
-        self._version = version
+        """See `gymlink.engines.UpdatesWeights`. The server is told with the next `ping`, to be known by it later."""
+        self._version = self._untold = version
+
+    async def ping(self) -> None:
+        """See `gymlink.engines.ServedEngine`."""
+        await self._reach()
+        if (version := self._untold) is None:
+            return
+        with contextlib.suppress(EngineError):  # it is there, and is told with the next one
+            await self._tell(version)
+            if self._untold == version:
+                self._untold = None
 
     @abstractmethod
     async def probe(self) -> int:
@@ -88,6 +101,14 @@ class RemoteEngine(ABC):
     async def _load_in_turn(self, path: str, version: int) -> None:
         async with self._updating:
             await self._load(path, version)
+
+    @abstractmethod
+    async def _reach(self) -> None:
+        """Ask for what the server answers without its engine."""
+
+    @abstractmethod
+    async def _tell(self, version: int) -> None:
+        """Have the server keep the version, where it can."""
 
     @abstractmethod
     async def _load(self, path: str, version: int) -> None:
@@ -119,11 +140,15 @@ class RemoteEngine(ABC):
         self._closed = True
         await self._server.close()
 
-    def _learn_context(self, told: int | None) -> None:
-        limits = [limit for limit in (told, self._given_context) if limit is not None]
+    def _met(self, context: int | None, version: int) -> int:
+        """Keep what the server tells of itself; its version counts until the trainer names one."""
+        limits = [limit for limit in (context, self._given_context) if limit is not None]
         if not limits:
             raise EngineError(f"{self} does not tell how many tokens it can hold: give max_context.")
+        if self._max_context is None:
+            self._version = max(self._version, version)
         self._max_context = min(limits)
+        return version
 
     async def _room(self, prompt_tokens: int, max_tokens: int | None) -> int:
         if self._max_context is None:

@@ -76,6 +76,9 @@ class ScriptedEngine:
     def set_weight_version(self, version: int) -> None:
         self.weight_version = version
 
+    async def ping(self) -> None:
+        self._reach()
+
     async def probe(self) -> int:
         self._reach()
         return self.weight_version

@@ -37,13 +37,19 @@ class SglangEngine(RemoteEngine):
         self._routed_experts = routed_experts
 
     async def probe(self) -> int:
+        model = await self._reach()
+        info = await self._server.ask("GET", "/server_info", timeout_s=PROBE_TIMEOUT_S)
+        # A prompt must be shorter than this, and SGLang keeps a few tokens of its context for itself.
+        longest = info.get("max_req_input_len") if isinstance(info, dict) else None
+        return self._met(longest, version_of(isinstance(model, dict) and model.get("weight_version")))
+
+    async def _reach(self) -> Any:
         # Not /health: it generates, so it says nothing good of a server that is paused for an update.
-        model = await self._server.ask("GET", "/model_info", timeout_s=PROBE_TIMEOUT_S)
-        if self._max_context is None:
-            info = await self._server.ask("GET", "/server_info", timeout_s=PROBE_TIMEOUT_S)
-            # A prompt must be shorter than this, and SGLang keeps a few tokens of its context for itself.
-            self._learn_context(info.get("max_req_input_len") if isinstance(info, dict) else None)
-        return version_of(isinstance(model, dict) and model.get("weight_version"))
+        return await self._server.ask("GET", "/model_info", timeout_s=PROBE_TIMEOUT_S)
+
+    async def _tell(self, version: int) -> None:
+        told = {"new_version": str(version), "abort_all_requests": False}
+        await self._server.ask_if_known("POST", "/update_weight_version", told)
 
     async def _load(self, path: str, version: int) -> None:
         """What is in flight is put back meanwhile, and then goes on from its ids, computed anew with the new weights.

@@ -52,15 +52,21 @@ class VllmEngine(RemoteEngine):
 
     async def probe(self) -> int:
         server = self._server
-        await server.ask_if_known("GET", "/health")
+        await self._reach()
         asleep = await server.ask_if_known("GET", "/is_sleeping")
         if asleep and asleep.get("is_sleeping"):
             raise EngineDownError(f"{self} is asleep: it answers nothing until it is woken (POST /wake_up).")
-        self._learn_context(self._find_model(await server.ask("GET", "/v1/models", timeout_s=PROBE_TIMEOUT_S)))
+        context = self._find_model(await server.ask("GET", "/v1/models", timeout_s=PROBE_TIMEOUT_S))
+        told = await server.ask_if_known("GET", "/weight_info")
         if self._endpoint is None:
             self._endpoint = await self._find_endpoint()
-        told = await server.ask_if_known("GET", "/weight_info")
-        return version_of(told and told.get("weight_version"))
+        return self._met(context, version_of(told and told.get("weight_version")))
+
+    async def _reach(self) -> None:
+        await self._server.ask_if_known("GET", "/health")
+
+    async def _tell(self, version: int) -> None:
+        await self._server.ask_if_known("POST", "/update_weight_version", {"new_version": str(version)})
 
     async def _load(self, path: str, version: int) -> None:
         """What is in flight is held back meanwhile, and then goes on from its ids, computed anew with the new weights.

@@ -201,6 +201,14 @@ async def test_the_version_is_the_servers_own(server: SglangContract, connect: C
     assert engine.weight_version == 12
 
 
+async def test_a_version_that_the_trainer_names_is_told_to_the_server(server: SglangContract, connect: Connect) -> None:
+    engine = connect()
+    engine.set_weight_version(5)
+    await engine.ping()
+    assert server.controlled == [("/update_weight_version", {"new_version": "5", "abort_all_requests": False})]
+    assert (await ask(engine, max_tokens=1)).weight_version == 5
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -495,6 +495,43 @@ async def test_the_version_that_a_server_tells(connect: Connect, server: Vllm) -
         assert await engine.probe() == version
 
 
+async def test_the_version_that_is_there_when_they_meet_is_taken_over(connect: Connect, server: Vllm) -> None:
+    server.answers["/weight_info"] = {"weight_version": "12"}
+    assert (await ask(connect())).weight_version == 12
+    named = connect()
+    named.set_weight_version(15)
+    assert (await ask(named)).weight_version == 15
+
+
+async def test_a_version_that_the_trainer_names_is_told_to_the_server(connect: Connect, controlled: Vllm) -> None:
+    """So that it is known by it when it comes back; what keeps it from being told is no sign of death."""
+    engine = connect()
+    engine.set_weight_version(5)
+    told = controlled.answers.pop("/update_weight_version")
+    controlled.answers["/update_weight_version"] = (503, "busy")
+    await engine.ping()
+    controlled.answers["/update_weight_version"] = told
+    for _ in range(3):
+        await engine.ping()
+    assert controlled.asked == [("/update_weight_version", {"new_version": "5"})] * 2
+
+
+async def test_a_server_that_keeps_no_version_is_not_asked_to_for_ever(connect: Connect, server: Vllm) -> None:
+    engine = connect()
+    engine.set_weight_version(5)
+    for _ in range(3):
+        await engine.ping()
+    assert [path for path, _ in server.asked] == ["/update_weight_version"]
+
+
+async def test_a_ping_asks_nothing_of_an_engine_that_may_be_busy(connect: Connect, server: Vllm) -> None:
+    server.answers = {"/health": ""}
+    await connect().ping()
+    server.answers = {"/health": (503, "")}
+    with pytest.raises(EngineDownError, match="health with 503"):
+        await connect().ping()
+
+
 async def test_a_server_without_control_routes_says_how_to_have_them(connect: Connect) -> None:
     with pytest.raises(EngineError, match="has no /pause: start it with VLLM_SERVER_DEV_MODE=1"):
         await connect().load_weights("/models/step-7", 7)
