@@ -33,6 +33,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = REPOSITORY / "examples" / "own_trainer"
 ROWS = REPOSITORY / "examples" / "environments" / "resources_servers" / "keypad" / "data" / "train.jsonl"
 STEPS = 25
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Two programs that take turns on a tiny model would else wait for each other's threads."""
 LINE = re.compile(r"^step \d+: reward ([\d.]+), weights (\d+)$", re.MULTILINE)
 
 
@@ -43,7 +45,7 @@ def serve(folder: Path, *options: str) -> Iterator[Mapping[str, Any]]:
     log = folder / "serve.log"
     command = [sys.executable, "-m", "gymlink", "serve", "--json", "--run-dir", str(folder / "run"), *options]
     with log.open("w") as said:
-        program = subprocess.Popen(command, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE, stderr=said)
+        program = subprocess.Popen(command, env={**os.environ, **ONE_THREAD, MARK: mark}, stdout=subprocess.PIPE, stderr=said)
         try:
             assert program.stdout is not None
             line = program.stdout.readline()
@@ -72,6 +74,7 @@ def test_the_example_trains_as_it_is(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, str(EXAMPLE / "train.py"), *where, *what],
             cwd=tmp_path,
+            env={**os.environ, **ONE_THREAD},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
