@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -22,9 +22,10 @@ import pytest
 
 from gymlink.client import GatewayClient
 from gymlink.gym import read_rows
-from gymlink.types import RolloutStatus, Sampling
-from gymlink_tiny import save_tiny
+from gymlink.types import RolloutStatus, Sampling, Segment
+from gymlink_tiny import make_model, make_tokenizer, save_tiny
 from gymlink_transformers.logprobs import SampledRow, max_logprob_error
+from pages import blocks_of
 from processes import MARK, marked
 
 pytestmark = [pytest.mark.slow, pytest.mark.gym]
@@ -32,6 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.gym]
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = REPOSITORY / "examples" / "own_trainer"
 ROWS = REPOSITORY / "examples" / "environments" / "resources_servers" / "keypad" / "data" / "train.jsonl"
+PAGE = REPOSITORY / "docs" / "own-trainer.md"
 STEPS = 25
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Two programs that take turns on a tiny model would else wait for each other's threads."""
@@ -45,7 +47,9 @@ def serve(folder: Path, *options: str) -> Iterator[Mapping[str, Any]]:
     log = folder / "serve.log"
     command = [sys.executable, "-m", "gymlink", "serve", "--json", "--run-dir", str(folder / "run"), *options]
     with log.open("w") as said:
-        program = subprocess.Popen(command, env={**os.environ, **ONE_THREAD, MARK: mark}, stdout=subprocess.PIPE, stderr=said)
+        program = subprocess.Popen(
+            command, env={**os.environ, **ONE_THREAD, MARK: mark}, stdout=subprocess.PIPE, stderr=said
+        )
         try:
             assert program.stdout is not None
             line = program.stdout.readline()
@@ -107,13 +111,30 @@ def check_agreement(running: Mapping[str, Any], weights: Path) -> None:
     segments = [segment for rollout in collected.rollouts for segment in rollout.segments]
     assert not any(rollout.status is RolloutStatus.FAILED for rollout in collected.rollouts)
     assert {turn.weight_version for rollout in collected.rollouts for turn in rollout.turns} == {STEPS}
-    sampled = [
-        SampledRow(one.prompt_ids, one.response_ids, one.response_logprobs, one.response_mask) for one in segments
-    ]
-    model = AutoModelForCausalLM.from_pretrained(weights)
-    assert 0 < max_logprob_error(model, sampled, Sampling()) < 1e-4
+    assert 0 < error_of(AutoModelForCausalLM.from_pretrained(weights), segments) < 1e-4
+
+
+def error_of(model: Any, segments: Sequence[Segment]) -> float:
+    rows = [SampledRow(one.prompt_ids, one.response_ids, one.response_logprobs, one.response_mask) for one in segments]
+    return max_logprob_error(model, rows, Sampling())
+
+
+def test_the_session_on_the_page_collects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = (block for block in blocks_of(PAGE) if "from gymlink.session import Session" in block.text)
+    on_the_page: dict[str, Any] = {}
+    exec(compile(block.text, str(block), "exec"), on_the_page)
+    settings = (EXAMPLE / "gym.yaml").read_text(encoding="utf-8").replace("../", f"{EXAMPLE.parent}/")
+    (tmp_path / "gym.yaml").write_text(settings, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    rows = list(read_rows(ROWS))[:3]
+    rollouts = on_the_page["collect"](model, tokenizer, rows, version=4)
+    assert [rollout.failure for rollout in rollouts] == [None, None, None]
+    assert {turn.weight_version for rollout in rollouts for turn in rollout.turns} == {4}
+    assert error_of(model, [segment for rollout in rollouts for segment in rollout.segments]) < 1e-4
 
 
 def test_the_page_holds_the_example_word_for_word() -> None:
-    page = (REPOSITORY / "docs" / "own-trainer.md").read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     assert f"```python\n{(EXAMPLE / 'train.py').read_text(encoding='utf-8')}```\n" in page

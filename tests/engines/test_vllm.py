@@ -168,6 +168,17 @@ async def test_a_model_that_is_not_served_is_named(server: VllmServer) -> None:
     await engine.aclose()
 
 
+async def test_vllm_keeps_the_version_that_the_trainer_names(server: VllmServer) -> None:
+    engine = VllmEngine(server.url)
+    try:
+        for version in (3, 0):
+            engine.set_weight_version(version)
+            await engine.ping()
+            assert await engine.probe() == version
+    finally:
+        await engine.aclose()
+
+
 async def test_new_weights_are_loaded_from_a_folder(engine: VllmEngine, server: VllmServer, models: Any) -> None:
     """Also for what is in flight: it goes on with the new weights, from keys and values made anew."""
     old, new = models

@@ -1,4 +1,4 @@
-"""The figures of a gateway that runs for long, for Prometheus: read off when they are asked for, and kept nowhere else."""
+"""The figures of a gateway that runs for long, for Prometheus: read off when they are asked for, and kept nowhere."""
 
 from __future__ import annotations
 

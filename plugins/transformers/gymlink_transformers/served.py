@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -99,11 +100,11 @@ def make(request: EngineRequest) -> Engine:
     Raises:
         ConfigError: there is no such model.
     """
-    logging.disable_progress_bar()  # one for each loading of weights would fill the terminal
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call] # one for each loading of weights would fill the terminal
     try:
-        model = AutoModelForCausalLM.from_pretrained(request.model, dtype="auto")
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(request.model, dtype="auto")
     except (OSError, ValueError) as error:
         raise ConfigError(f"The model {request.model!r} cannot be loaded: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
-    return ServedModelEngine(model, request.sampling, max_context=request.max_context)
+    return ServedModelEngine(cast("PreTrainedModel", model), request.sampling, max_context=request.max_context)

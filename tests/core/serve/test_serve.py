@@ -20,6 +20,7 @@ from gymlink.errors import ConfigError, EngineError, GatewayError, RolloutError
 from gymlink.serve.control import Control
 from gymlink.session import Session
 from gymlink.types import ForkCause, Generation, Sampling
+from pages import BLOCKS
 
 SECRET = "s3cret"
 USER = {"role": "user", "content": "hi"}
@@ -246,6 +247,17 @@ def test_a_last_turn_that_there_is_not_is_refused(serve: Callable[..., GatewayCl
 def test_a_gateway_that_is_not_there_is_said() -> None:
     with GatewayClient("http://127.0.0.1:1", SECRET) as nobody, pytest.raises(GatewayError, match="cannot be reached"):
         nobody.status()
+
+
+def test_the_agent_on_the_page_is_recorded(
+    serve: Callable[..., GatewayClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = serve()
+    (block,) = (block for block in BLOCKS if block.page.name == "own-trainer.md" and "import OpenAI" in block.text)
+    code = block.text.replace("http://127.0.0.1:8000", gateway.url).replace('"secret"', repr(SECRET))
+    exec(compile(code, str(block), "exec"), {})
+    assert gateway.status().sampled_tokens == 10
+    assert capsys.readouterr().out.startswith("(")
 
 
 def test_prometheus_reads_the_figures(serve: Callable[..., GatewayClient]) -> None:
