@@ -1,7 +1,8 @@
 """A real `vllm serve` on the CPU, with a tiny model, that a test starts, breaks and starts again.
 
 vLLM for the CPU is a distribution of another name, and its command asks for "vllm": a folder on the path holds a
-distribution of that name, and nothing else. Whatever a server starts carries its mark, and is ended with it.
+distribution of that name, and nothing else. A server has a session of its own, and whatever it starts is in that: it is
+ended with it. (A mark in the environment would not do: vLLM's processes write their titles over theirs.)
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import psutil
-
-from processes import MARK, marked
 
 START_S = 500.0
 """A start takes about a minute on two cores, several at once take longer, and other work on the machine longer yet."""
@@ -57,12 +55,10 @@ class VllmServer:
             *FLAGS,
             *flags,
         ]
-        self._mark = uuid.uuid4().hex
         self._env = {
             **os.environ,
             **ENVIRONMENT,
             "PYTHONPATH": str(_named_vllm(folder)),
-            MARK: self._mark,
             **(env or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
@@ -99,10 +95,12 @@ class VllmServer:
 
     def kill(self) -> None:
         """End all that belongs to it, at once."""
+        if self._process is None:
+            return
         for _ in range(5):  # a process may start another while it is being ended
-            psutil.wait_procs([_killed(process) for process in marked(self._mark)], timeout=5)
-        if self._process is not None:
-            self._process.wait(timeout=10)
+            psutil.wait_procs([_killed(process) for process in in_session(self._process.pid)], timeout=5)
+        self._process.wait(timeout=10)
+        assert not in_session(self._process.pid), "something of vLLM could not be ended"
 
     def running(self) -> int:
         """How many requests it samples now, by its own account."""
@@ -123,6 +121,16 @@ class VllmServer:
         with urlopen(Request(self.url + path, method=method), timeout=60) as answer:
             content: bytes = answer.read()
             return content
+
+
+def in_session(leader: int) -> list[psutil.Process]:
+    """The processes of the session that `leader` began; those that have ended and wait for a parent are left out."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def _named_vllm(folder: Path) -> Path:
