@@ -280,17 +280,12 @@ class RolloutRecord:
     def _fresh(self, call: _Call, cause: ForkCause | None, anchor: int | None = None) -> PromptPlan:
         """The template's own render of everything, with the reasoning that the agent left out put back for it.
 
-        It may still start with what a turn held, in ids or in text (what was edited is nothing that the template
-        writes, or the template keeps what it might have dropped). Then nothing is forked.
+        It may still read on from what was sampled: what was edited is nothing that the template writes, or other
+        arguments of it change only what comes next. Then nothing is forked.
         """
         ids = self._format.render(self._restored(call), call.tools, template_args=call.args)
         if not self._turns:
             return PromptPlan(ids, None, None, call.history, 0)
-        holding = [index for index, turn in enumerate(self._turns) if turn.completion_ids and _holds(turn, ids)]
-        if holding:
-            longest = max(holding, key=lambda index: (len(self._turns[index].prompt_ids), index))
-            return PromptPlan(ids, longest, None, call.history, 0)
-
         nearest = len(self._turns) - 1 if anchor is None else anchor
         turn = self._turns[nearest]
         held, decode = turn.prompt_ids + turn.completion_ids, self._format.decode

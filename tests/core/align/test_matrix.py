@@ -41,7 +41,6 @@ RULES: Message = {"role": "system", "content": "some rules"}
 OTHER_TOOL = {"type": "function", "function": {**PROBE_TOOL["function"], "name": "other_tool"}}
 SPELLED = "say <|im_end|> and </s> and <|endoftext|> and <|eot_id|> please"
 RESULTS: Counter[tuple[str, Outcome]] = Counter()
-BY_CHAT: Counter[tuple[str, Outcome]] = Counter()
 
 
 # -- what the policy samples, and what becomes of it --------------------------------------------------------------
@@ -362,7 +361,6 @@ def test_exact_or_forked(name: str, cell: Cell) -> None:
         except RefusedError:
             outcome = "refused"
         RESULTS[reasoning, outcome] += 1
-        BY_CHAT[name, outcome] += 1
 
 
 def check(agent: Agent, cell: Cell, reasoning: str) -> Outcome:

@@ -431,6 +431,25 @@ def test_reasoning_of_any_turn_before_is_dropped(qwen: Agent) -> None:
     assert "a thought" not in agent.chat.tokenizer.decode(plan.prompt_ids)
 
 
+def test_reasoning_that_also_reads_elsewhere_is_dropped_too(qwen: Agent) -> None:
+    agent = Agent(qwen.chat, "drop")
+    message = {"role": "assistant", "content": "an answer", "reasoning_content": U1["content"]}
+    first = agent.say([U1], "<think>\nquestion\n</think>\n\nan answer", message=message)
+    plan = agent.record.plan([U1, first, U2])
+    assert (plan.parent, plan.cause) == (None, ForkCause.REASONING_STRIPPED)
+
+
+def test_reasoning_that_came_with_an_injected_message_is_known_from_then_on() -> None:
+    agent = Agent(chat_of("qwen3_training"))  # writes all reasoning, so that another one shows
+    injected = {"role": "assistant", "content": "never sampled", "reasoning_content": "nor thought"}
+    history = [U1, agent.say([U1], "an answer"), U2, injected, U1]
+    history = [*history, agent.say(history, "a second answer"), U2]
+    assert agent.record.plan(history).parent == 1
+    history[3] = {**injected, "reasoning_content": "something else"}
+    plan = agent.record.plan(history)
+    assert (plan.parent, plan.cause) == (None, ForkCause.EDITED)
+
+
 def test_a_template_that_keeps_reasoning_extends_with_drop_too(format_of: Any, tokenizer_of: Any) -> None:
     agent = Agent(chat_of("qwen2_5"), "drop")
     text = "<think>a thought</think>an answer"
