@@ -5,6 +5,7 @@ A client may be used from several threads at once. Every call raises what the ga
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _COLLECTED = TypeAdapter(Collected)
 _STATUS = TypeAdapter(Status)
 _ERRORS: Final[Mapping[str, type[GymlinkError]]] = {"rollout_error": RolloutError, "engine_error": EngineError}
 _CONNECT_S: Final = 10.0
+POLL_S: Final = 0.5
 
 
 @dataclass
@@ -55,10 +57,10 @@ class RolloutHandle:
 
     @property
     def segments(self) -> Sequence[Segment]:
-        """What to train. Raises `RolloutError` while the rollout is open."""
+        """What to train. Raises `RolloutError` unless the rollout was closed here."""
         if self.closed is None:
             raise RolloutError(
-                f"The rollout {self.rollout_id} is still open: its segments are known once it is closed."
+                f"The rollout {self.rollout_id} has not been closed here: it is still open, or was closed elsewhere."
             )
         return self.closed.segments
 
@@ -77,6 +79,8 @@ class GatewayClient:
     """
 
     def __init__(self, url: str, api_key: str, *, timeout_s: float = 60.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"The gateway's address is {url!r}: write it whole, such as http://127.0.0.1:8000.")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.Client(
             base_url=self.url,
@@ -84,6 +88,19 @@ class GatewayClient:
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S),
             trust_env=False,  # a proxy for the web is no way to a gateway of one's own
         )
+
+    def wait(self, *, timeout_s: float = 1800.0) -> Status:
+        """Wait until the gateway is ready; with a NeMo Gym to be installed first, that takes minutes.
+
+        Raises:
+            GatewayError: it was not ready within `timeout_s`.
+        """
+        until = time.monotonic() + timeout_s
+        while not (status := self.status()).ready:
+            if time.monotonic() > until:
+                raise GatewayError(f"The gateway at {self.url} was not ready within {timeout_s:g} s; its log says why.")
+            time.sleep(POLL_S)
+        return status
 
     def status(self) -> Status:
         """How the gateway is: weight version, open rollouts, tokens sampled."""

@@ -89,5 +89,5 @@ def check_model(name: str, folder: Path, *, what: str = "model_name_or_path") ->
     if local or ("/" in name and places[0].parent.is_dir()):
         raise ConfigError(
             f"{what} is {name!r}, and there is no such folder: looked for {str(places[0])!r}. Give a folder that "
-            "exists, relative to the run file's if there is one, or a model's name on the Hugging Face hub."
+            "exists, or a model's name on the Hugging Face hub."
         )

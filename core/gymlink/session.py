@@ -94,6 +94,7 @@ class Session:
         self._worker = RolloutWorker(settings, tokenizer=tokenizer, engine=engine, sampling=sampling, model=model)
         self._loop: _LoopThread | None = None
         self._url: str | None = None
+        self._up = False
         self._gym: GymServers | None = None
         self._recorder: Recorder | None = None
         self._batches = 0
@@ -109,6 +110,11 @@ class Session:
         if self._url is None:
             raise _not_started()
         return self._url
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that it starts is up."""
+        return self._up
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -150,11 +156,13 @@ class Session:
         if rank == 0:
             router.peers |= {str(peer): url for peer, url in urls.items() if peer != rank}
         if not isinstance(settings, Settings):
+            self._up = True
             return
         self._gym = self._join_gym(settings, attached, urls[0], secret)
         self._worker.join(self._gym, owner=rank, captures=capture_folder(self._gym.config))
         name = "rollouts.jsonl" if rank == 0 else f"rollouts.rank{rank}.jsonl"
         self._recorder = Recorder(self.run_dir / name, detail=self._settings.rollout.record)
+        self._up = True
 
     def _gateway_settings(self, rank: int) -> Any:
         """Only the first process has the configured port: the others are not known to Gym."""
@@ -257,6 +265,7 @@ class Session:
 
     def stop(self) -> None:
         """Stop all that this session started, Gym first."""
+        self._up = False
         atexit.unregister(self.stop)
         if self._gym is not None:
             self._gym.stop()

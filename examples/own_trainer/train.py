@@ -28,7 +28,10 @@ def train(url="http://127.0.0.1:8000", api_key="secret", model="runs/tiny", rows
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     tasks, folder = list(read_rows(rows)), Path("runs/own_trainer").resolve()
     with GatewayClient(url, api_key) as gateway:
+        gateway.wait()
         for step in range(steps):
+            policy.save_pretrained(folder)
+            version = gateway.load_weights(str(folder))
             collected = gateway.collect(random.sample(tasks, 4), samples=8)
             scored = [rollout for rollout in collected.rollouts if rollout.reward is not None]
             tokens = sum(segment.trained_tokens for rollout in scored for segment in rollout.segments)
@@ -40,10 +43,8 @@ def train(url="http://127.0.0.1:8000", api_key="secret", model="runs/tiny", rows
                         (policy_loss(policy, segment, advantage) / tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
-            policy.save_pretrained(folder)
-            version = gateway.load_weights(str(folder))
             print(f"step {step + 1}: reward {fmean(one.reward for one in scored):.3f}, weights {version}", flush=True)
+    policy.save_pretrained(folder)
 
 
-if __name__ == "__main__":
-    typer.run(train)
+typer.run(train)

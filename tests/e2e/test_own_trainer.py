@@ -104,13 +104,14 @@ def check_agreement(running: Mapping[str, Any], weights: Path) -> None:
 
     rows = list(read_rows(ROWS))[:2]
     with GatewayClient(running["url"], running["api_key"]) as gateway:
+        version = gateway.load_weights(str(weights))
         collected = gateway.collect(rows, samples=2)
         status = gateway.status()
-    assert (status.weight_version, status.open_rollouts, status.in_flight) == (STEPS, 0, 0)
+    assert (status.weight_version, status.open_rollouts, status.in_flight) == (version, 0, 0)
     assert [len(group) for group in collected.groups] == [2, 2]
     segments = [segment for rollout in collected.rollouts for segment in rollout.segments]
     assert not any(rollout.status is RolloutStatus.FAILED for rollout in collected.rollouts)
-    assert {turn.weight_version for rollout in collected.rollouts for turn in rollout.turns} == {STEPS}
+    assert {turn.weight_version for rollout in collected.rollouts for turn in rollout.turns} == {version}
     assert 0 < error_of(AutoModelForCausalLM.from_pretrained(weights), segments) < 1e-4
 
 

@@ -181,8 +181,11 @@ class EnginePool:
         return home
 
     def _none_left(self, failed: Mapping[_Replica, EngineError]) -> EngineDownError:
-        listed = "".join(f"\n  {replica.engine}: {replica.down or failed.get(replica)}" for replica in self._replicas)
-        return EngineDownError(f"None of the {len(self._replicas)} engines could be asked:{listed}")
+        reasons = {replica.engine: replica.down or failed.get(replica) for replica in self._replicas}
+        if len(reasons) == 1:
+            return EngineDownError(str(*reasons.values()))
+        listed = "".join(f"\n  {engine}: {reason}" for engine, reason in reasons.items())
+        return EngineDownError(f"None of the {len(reasons)} engines could be asked:{listed}")
 
     # --- Who is there -----------------------------------------------------------------------------------------------
 

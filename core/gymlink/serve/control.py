@@ -57,6 +57,8 @@ OWNER = 0
 """The number in rollout ids: one process serves them all."""
 NOT_FOUND = 404
 CONFLICT = 409
+UNAVAILABLE = 503
+RETRY_AFTER_S = 5
 
 
 class Control:
@@ -147,6 +149,13 @@ class Control:
                 "rollouts for agents of your own.",
                 kind="invalid_request_error",
             )
+        if not self._session.ready:
+            raise WireError(
+                UNAVAILABLE,
+                "NeMo Gym is not up: it is still starting, or it stops. The status says when it is `ready`.",
+                kind="not_ready",
+                retry_after_s=RETRY_AFTER_S,
+            )
         requests = _requests(asked, self._session.agents)
         sampling = asked.sampling.applied_to(self._service.sampling)
         try:
@@ -223,7 +232,8 @@ class Control:
                 unattributed_tokens=totals.unattributed_tokens,
                 abandoned_tokens=totals.abandoned_tokens,
                 max_context=service.engine.max_context,
-                agents=self._session.agents if self._collects else (),
+                ready=self._session.ready,
+                agents=self._session.agents if self._collects and self._session.ready else (),
             )
         )
 

@@ -129,6 +129,8 @@ def _engine_kind(request: ServeRequest) -> EngineKind:
     kind = find_engine(request.engine)
     if kind.remote and not request.urls:
         raise ConfigError(f"The engine {kind.name!r} samples on servers that run already: say where with --url.")
+    if wrong := [url for url in request.urls if not url.startswith(("http://", "https://"))]:
+        raise ConfigError(f"--url is {wrong[0]!r}: write the whole address, such as http://{wrong[0]}.")
     if request.urls and not kind.remote:
         raise ConfigError(f"The engine {kind.name!r} runs in this process, so --url {request.urls[0]} has no meaning.")
     return kind

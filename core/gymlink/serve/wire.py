@@ -206,9 +206,15 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How the gateway is. `in_flight` are generations; `agents` those of the Gym that it collects in."""
+    """How the gateway is.
+
+    `ready` is false while NeMo Gym starts; `agents` are those that it runs then. `in_flight` are generations. Of
+    `sampled_tokens`, `unattributed_tokens` were sampled for calls that named no rollout, and `abandoned_tokens` for
+    rollouts that had ended by then.
+    """
 
     model: str
+    ready: bool
     weight_version: int
     paused: bool
     in_flight: int

@@ -19,5 +19,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        where = "in that folder" if Path(name).exists() else "on the Hugging Face hub, and there is no such folder"
-        raise ConfigError(f"No tokenizer {name!r} can be loaded {where}: {error}") from error
+        first = next(iter(str(error).splitlines()), "")
+        if Path(name).exists():
+            raise ConfigError(f"{name!r} is no model's folder with a tokenizer in it ({first})") from error
+        raise ConfigError(f"There is no folder {name!r}, and no such model can be had from the hub: {first}") from error

@@ -87,7 +87,7 @@ def ask(base_url: str, api_key: str, messages: list[Any]) -> Any:
 def test_an_agents_rollout_is_one_exact_segment(serve: Callable[..., GatewayClient]) -> None:
     gateway = serve()
     with gateway.rollout(max_tokens=4) as rollout:
-        with pytest.raises(RolloutError, match="still open"):
+        with pytest.raises(RolloutError, match="not been closed here"):
             _ = rollout.segments
         said = ask(rollout.base_url, rollout.api_key, [USER])
         ask(rollout.base_url, rollout.api_key, [USER, said, MORE])
@@ -293,3 +293,26 @@ def test_many_agents_at_a_time(serve: Callable[..., GatewayClient]) -> None:
     with ThreadPoolExecutor(8) as threads:
         sampled = sum(threads.map(play, range(16)))
     assert gateway.status().sampled_tokens == sampled
+
+
+def test_rows_wait_for_gym_and_the_status_says_so(tokenizer: Any, tmp_path: Path) -> None:
+    """The gateway answers before Gym is up: a trainer that comes early is told, and told again while Gym stops."""
+    settings = PolicySettings()
+    session = Session(
+        settings,
+        tokenizer=tokenizer,
+        engine=Learns(lambda _: [1]),
+        sampling=Sampling(),
+        run_dir=tmp_path,
+        secret=SECRET,
+        routes=lambda session: Control(session, settings, collects=True).routes,
+    )
+    with session, GatewayClient(session.url, SECRET) as gateway:
+        session._up = False
+        assert not gateway.status().ready
+        with pytest.raises(GatewayError, match="NeMo Gym is not up"):
+            gateway.collect([{"responses_create_params": {"input": "hi"}}])
+        with pytest.raises(GatewayError, match="not ready within 0"):
+            gateway.wait(timeout_s=0)
+    with pytest.raises(ConfigError, match="write it whole"):
+        GatewayClient("127.0.0.1:8000", SECRET)
