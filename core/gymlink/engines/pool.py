@@ -181,10 +181,10 @@ class EnginePool:
         return home
 
     def _none_left(self, failed: Mapping[_Replica, EngineError]) -> EngineDownError:
-        reasons = {replica.engine: replica.down or failed.get(replica) for replica in self._replicas}
+        reasons = [(replica.engine, replica.down or failed.get(replica)) for replica in self._replicas]
         if len(reasons) == 1:
-            return EngineDownError(str(*reasons.values()))
-        listed = "".join(f"\n  {engine}: {reason}" for engine, reason in reasons.items())
+            return EngineDownError(str(reasons[0][1]))
+        listed = "".join(f"\n  {engine}: {reason}" for engine, reason in reasons)
         return EngineDownError(f"None of the {len(reasons)} engines could be asked:{listed}")
 
     # --- Who is there -----------------------------------------------------------------------------------------------
