@@ -175,7 +175,7 @@ class TemplateFormat:
         generate: bool = True,
     ) -> str | None:
         try:
-            text = self._template.text(messages, tools, template_args, generate=generate)
+            text = self._template.text(messages, tools, template_args, generate=generate, answers=False)
         except AlignmentError:
             return None
         before, found, after = text.partition(self._sentinel)
@@ -269,7 +269,7 @@ class TemplateFormat:
                 for word in ("one", "two"):
                     new = _probe_messages(shape.roles, word)
                     try:
-                        whole, ids = self._template.written([*base, answer, *new], tools, template_args)
+                        whole, ids = self._template.written([*base, answer, *new], tools, template_args, answers=False)
                     except AlignmentError as error:
                         self._reasons[shape] = str(error)
                         break
@@ -288,7 +288,7 @@ class TemplateFormat:
 
     def _continues(self, whole: str, ids: TokenIds, suffix: str, new: Sequence[Message]) -> bool:
         """Whether the whole render ends with `suffix`, in text and in ids, and the suffix says every new message."""
-        if not suffix or not whole.endswith(suffix) or not all(str(message["content"]) in suffix for message in new):
+        if not suffix or not whole.endswith(suffix) or not all(word in suffix for word in _words(new)):
             return False
         encode, decode = self._template.encode, self._template.decode
         added = encode(suffix)
@@ -305,7 +305,7 @@ class TemplateFormat:
         """Finds the end marker: what the template writes after the turn whether or not anything follows."""
         new, asked = _probe_messages(shape.roles, "one"), next(_probe_answers(shape))
         try:
-            self._template.text([_ASKED, asked, *new], tools, template_args)
+            self._template.text([_ASKED, asked, *new], tools, template_args, answers=False)
         except AlignmentError as error:
             self._reasons[shape] = str(error)
         answer = self._stand_in(new, asked) if after_call else self._stand_in_content()
@@ -415,9 +415,17 @@ def _probe_messages(kinds: Sequence[str], word: str) -> list[Message]:
         if detail == "named":
             message["name"] = "probe_tool"
         if detail == "calls":
-            message["tool_calls"] = [probe_call(f"call{place + 1:05}", word)]
+            message["tool_calls"] = [probe_call(f"call{place + 1:05}", f"call {word} {place}")]
         messages.append(message)
     return messages
+
+
+def _words(messages: Sequence[Message]) -> Iterator[str]:
+    """What has to be read of these probe messages."""
+    for message in messages:
+        yield str(message["content"])
+        for call in tool_calls_of(message):
+            yield str(orjson.loads(call["function"]["arguments"])["query"])
 
 
 def _probe_answers(shape: _Shape) -> Iterator[Message]:

@@ -52,7 +52,7 @@ class Template(ABC):
         self.tokenizer = tokenizer
         self.special_ids = _special_ids(tokenizer)
         self._word = "probe" + secrets.token_hex(4)
-        self._lost: dict[tuple[Any, ...], int | None] = {}
+        self._lost: dict[tuple[Any, ...], tuple[int, ...]] = {}
         self._parts = False
         self._json_arguments = False
         self._find_dialect()
@@ -111,14 +111,19 @@ class Template(ABC):
         return self.written(messages, tools, template_args)[1]
 
     def written(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), template_args: Mapping[str, Any] = NO_ARGS
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        template_args: Mapping[str, Any] = NO_ARGS,
+        *,
+        answers: bool = True,
     ) -> tuple[str, TokenIds]:
         """The whole conversation as text and as ids.
 
         Raises:
             AlignmentError: as `text`.
         """
-        text, ids = self._checked(messages, tools, template_args, generate=True)
+        text, ids = self._checked(messages, tools, template_args, generate=True, answers=answers)
         return text, tuple(self.encode(text) if ids is None else ids)
 
     def text(
@@ -128,13 +133,16 @@ class Template(ABC):
         template_args: Mapping[str, Any] = NO_ARGS,
         *,
         generate: bool = True,
+        answers: bool = True,
     ) -> str:
         """The whole conversation as text; with the generation prompt unless the last message is to be continued.
+
+        Without `answers` an assistant's message may be left out: its sampled ids stand in the prompt anyway.
 
         Raises:
             AlignmentError: the conversation is refused, or something of it would not be written.
         """
-        return self._checked(messages, tools, template_args, generate=generate)[0]
+        return self._checked(messages, tools, template_args, generate=generate, answers=answers)[0]
 
     def _checked(
         self,
@@ -143,13 +151,14 @@ class Template(ABC):
         template_args: Mapping[str, Any],
         *,
         generate: bool,
+        answers: bool,
     ) -> tuple[str, Sequence[int] | None]:
         if taken := _OURS & template_args.keys() - {"add_generation_prompt"}:
             raise AlignmentError(f"The template arguments {sorted(taken)} cannot be set by a request; leave them out.")
         args = {key: value for key, value in template_args.items() if key not in _OURS}
         resumed = bool(args.pop("continue_final_message", False)) and _is_last_assistant(messages)
         adapted = [self.adapt(message) for message in messages]
-        self._refuse_what_would_vanish(adapted, tools)
+        self._refuse_what_would_vanish(adapted, tools, answers=answers)
         try:
             return self._write(adapted, tools, args, generate=generate and not resumed, resumed=resumed)
         except Exception as error:  # a template is a program of the model's author: it may raise anything
@@ -186,23 +195,26 @@ class Template(ABC):
 
     # -- what a template would leave out without a word ----------------------------------------------------------
 
-    def _refuse_what_would_vanish(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> None:
+    def _refuse_what_would_vanish(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], *, answers: bool
+    ) -> None:
         """A conversation of this shape is written once with words of its own in each message, and some have to show."""
         shape = (bool(tools), *_shape(messages))
         if shape not in self._lost:
             if len(self._lost) >= MAX_SHAPES:
                 self._lost.clear()
             self._lost[shape] = self._find_lost(messages, tools)
-        place = self._lost[shape]
-        if place is not None:
+        for place in self._lost[shape]:
+            if messages[place]["role"] == "assistant" and not answers:
+                continue
             raise AlignmentError(
                 f"{self.title} writes nothing for a message of role {messages[place]['role']!r} (number {place + 1} of "
                 f"{len(messages)}), so the model would never see it. Use a template that knows such a message there, "
                 "or leave it out."
             )
 
-    def _find_lost(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> int | None:
-        """The place of a message of which nothing shows; None where there is none, or where all are refused anyway."""
+    def _find_lost(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> tuple[int, ...]:
+        """The places of messages of which nothing shows; none where all are refused anyway."""
         probes: list[Message] = []
         for place, message in enumerate(messages):
             word = f"{self._word}{place}x"
@@ -214,9 +226,9 @@ class Template(ABC):
             probes.append({**probe, "tool_calls": calls} if calls else probe)
         text = self._try(probes, tools)
         if text is None:
-            return None
+            return ()
         spoken = (place for place, probe in enumerate(probes) if probe["content"] or tool_calls_of(probe))
-        return next((place for place in spoken if f"{self._word}{place}x" not in text), None)
+        return tuple(place for place in spoken if f"{self._word}{place}x" not in text)
 
     # -- finding the dialect -------------------------------------------------------------------------------------
 

@@ -168,6 +168,18 @@ def test_a_message_that_would_vanish_where_it_stands_is_refused(name: str, forma
     assert chat.render(VANISHES[name][:1])
 
 
+def test_a_sampled_call_that_the_template_does_not_write_stands_in_the_prompt(
+    format_of: Any, tokenizer_of: Any
+) -> None:
+    """LFM2's own calls are content: `tool_calls` are ignored. The ids that were sampled hold the call."""
+    chat, result = format_of("lfm2"), {"role": "tool", "tool_call_id": "c", "content": "found"}
+    called = {"role": "assistant", "content": "", "tool_calls": [probe_call("c", "x")]}
+    added = chat.extend([1], [2], "length", [result], [PROBE_TOOL], answered=called)
+    assert "found" in tokenizer_of("lfm2").decode(added)
+    with pytest.raises(AlignmentError, match="writes nothing for a message of role 'assistant'"):
+        chat.render([USER, called, result], [PROBE_TOOL])
+
+
 def test_a_format_of_renderers_shows_a_developers_message(format_of: Any, tokenizer_of: Any) -> None:
     """renderers itself writes nothing for this role in most formats, without a word."""
     for name in [f"renderers:{known}" for known in FORMATS]:

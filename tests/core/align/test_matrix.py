@@ -252,12 +252,12 @@ CELLS = [
 
 # -- what is known to fork, though the messages agree -------------------------------------------------------------
 
-DEEPSEEK = ("deepseekv3", "deepseekv3_training")  # writes a second round of tool results otherwise than the first
+# Writes a second round of tool results otherwise than the first.
+DEEPSEEK = ("deepseek_r1_distill", "deepseek_r1_distill_training", "deepseekv3", "deepseekv3_training")
 GEMMA4 = ("diffusion_gemma", "diffusion_gemma_training", "gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5")
 GEMMA4 += ("renderers:gemma4",)  # moves the text before a call behind its result
 GPTOSS = ("gptoss", "gptoss_training")  # writes one call of a message, whose results are of one call
-HOISTS = ("cohere2", "cohere2_training", "deepseek_r1_distill", "deepseek_r1_distill_training", *DEEPSEEK)
-HOISTS += ("renderers:hy3",)  # every system message to the front
+HOISTS = ("cohere2", "cohere2_training", *DEEPSEEK, "renderers:hy3")  # every system message to the front
 FORKS: Mapping[str, tuple[str, ...]] = {
     "no new message": ("renderers:hy3",),  # leaves a last answer open
     "system, later": HOISTS,

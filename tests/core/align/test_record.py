@@ -213,6 +213,15 @@ def test_an_edited_answer_branches_where_the_history_still_holds(qwen: Agent) ->
     assert "two, edited" in qwen.added(plan)
 
 
+def test_an_edited_answer_is_the_cause_where_nothing_continues_the_one_before() -> None:
+    agent = Agent(chat_of("deepseekv3"))  # writes every system message at the front
+    first = agent.say([U1], "one")
+    agent.say([U1, first, U2], "two")
+    for answer, cause in (("two, edited", ForkCause.EDITED), ("two", ForkCause.RETEMPLATED)):
+        plan = agent.record.plan([U1, first, U2, {"role": "assistant", "content": answer}, SYSTEM, U1])
+        assert (plan.parent, plan.cause) == (None, cause)
+
+
 def test_arguments_in_another_spelling_are_the_same_call(qwen: Agent) -> None:
     def called(arguments: Any) -> Any:
         function = {"name": "probe_tool", "arguments": arguments}
