@@ -37,7 +37,7 @@ ROWS = ENVIRONMENTS / "resources_servers" / "keypad" / "data" / "train.jsonl"
 RATE = re.compile(r"Collecting rollouts: 100%.*?, *([\d.]+)it/s\]")
 TIMEOUT_S = 300.0
 NOISE = 0.03
-"""By how much the median of such pairs differs from run to run: less than that is not slower."""
+"""A difference below this is taken for none: the pairs of one run differ by more."""
 
 
 @dataclass(frozen=True)
