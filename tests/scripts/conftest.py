@@ -31,6 +31,7 @@ verl = ["six"]
 
 [dependency-groups]
 test = [{test}]
+clients = []
 check = []
 
 [tool.hatch.build.targets.wheel]
