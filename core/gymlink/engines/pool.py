@@ -95,7 +95,12 @@ class EnginePool:
             )
             replica.calls.add(call)
             try:
-                return await call
+                said = await call
+                others = [one for one in self._there() if one is not replica and one not in failed]
+                if said.finish_reason != "abort" or not others:
+                    return said
+                # Servers abort what they have begun when they are told to end (vLLM 0.29), just before they are gone.
+                failed[replica] = EngineError(f"{replica.engine} aborted the generation.")
             except EngineDownError as error:
                 self._take_out(replica, error)
                 failed[replica] = error

@@ -27,6 +27,7 @@ class Replica(ScriptedEngine):
         self.refuses: EngineError | None = None
         self.loads: EngineError | None = None
         self.hangs = False
+        self.aborts = False
         self.cancelled = 0
 
     def __str__(self) -> str:
@@ -41,6 +42,8 @@ class Replica(ScriptedEngine):
                 raise
         if self.refuses:
             raise self.refuses
+        if self.aborts:
+            return Generation((self.number,), (-0.5,), "abort")
         return await super().generate(*prompt, **how)  # type: ignore[arg-type]
 
     async def load_weights(self, path: str, version: int) -> None:
@@ -114,6 +117,17 @@ async def test_a_call_that_only_it_fails_is_not_asked_again(three: EnginePool, r
     with pytest.raises(EngineError, match="not this one"):
         await ask(three)
     assert three.down == {}
+
+
+async def test_what_one_aborts_is_asked_of_another(three: EnginePool, replicas: list[Replica]) -> None:
+    """A server that is told to end aborts what it has begun; when all do, it is the trainer's own doing."""
+    replicas[0].aborts = True
+    assert await ask(three) in {1, 2}
+    assert (three.retried, three.taken_out) == (1, 0)
+    for replica in replicas:
+        replica.aborts = True
+    said = await three.generate((1, 2), Sampling(), stop_token_ids=(9,), rollout_id="r")
+    assert (said.finish_reason, len(said.token_ids)) == ("abort", 1)
 
 
 async def test_when_all_are_down_each_is_named(three: EnginePool, replicas: list[Replica]) -> None:
