@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -58,7 +59,11 @@ class ServedModelEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], rollout_id: str
     ) -> Generation:
-        return await self._live.generate(prompt_ids, sampling, stop_token_ids=stop_token_ids, rollout_id=rollout_id)
+        before = self._version
+        said = await self._live.generate(prompt_ids, sampling, stop_token_ids=stop_token_ids, rollout_id=rollout_id)
+        # Whoever changes the model's weights in place tells their version while generations may be in flight.
+        oldest = before if before != self._version else None
+        return replace(said, weight_version=self._version, oldest_weight_version=oldest)
 
     async def load_weights(self, path: str, version: int) -> None:
         """Sample from the weights in the folder `path` from now on. What is in flight fails: drain first.
