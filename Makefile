@@ -42,7 +42,7 @@ test-openrlhf: ## run the tests of the OpenRLHF plugin
 check: ## lint, format, types and import rules
 	@$(RUN) trl -- bash scripts/check
 
-bench: ## measure
+bench: ## measure, and write the table in README.md (ARGS=turn_cost runs one)
 	@$(RUN) trl -- python benchmarks $(ARGS)
 
 clean: ## remove the environments and caches; runs/ stays
