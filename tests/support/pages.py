@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     (
         page
-        for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "plugins/*/*.md")
+        for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "plugins/*/*.md", "benchmarks/*.md")
         for page in REPOSITORY.glob(pattern)
     ),
     key=str,
