@@ -29,7 +29,12 @@ def check(folder: Path, *names: str) -> None:
         told = json.loads((folder / "results" / f"{name}.json").read_text())
         assert told["benchmark"] == name
         assert told["rows"]
-        assert all(value > 0 for row in told["rows"] for key, value in row.items() if key.endswith((" ms", "/s", "MB")))
+        for row in told["rows"]:
+            # Another process's CPU is told in ticks of 10 ms: in so small a run it may be none.
+            figures = {key: value for key, value in row.items() if key.endswith((" ms", "/s", "MB"))}
+            assert all(value >= 0 for value in figures.values())
+            assert not figures or any(value > 0 for value in figures.values())
+            assert all(value > 0 for key, value in figures.items() if not key.endswith(" ms"))
         lines += told["lines"]
     before, _, rest = (folder / "README.md").read_text().partition("<!-- benchmarks:begin -->\n")
     table, _, after = rest.partition("<!-- benchmarks:end -->")
