@@ -23,7 +23,8 @@ from openrlhf_runs import GENERATIONS, PROMPTS, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.gym]
 
-PAUSE_S = 2.0
+PAUSE_S = 6.0
+"""Before each turn but the first: rollouts have to last longer than a training step, also on a busy machine."""
 STEPS = 3
 FILTER = ("--algo.dynamic_filtering_range", "0.001", "9")
 BFLOAT16 = 5e-3
