@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import httpx
 import orjson
@@ -32,7 +32,6 @@ __all__ = [
     "TurnFigures",
 ]
 
-T = TypeVar("T")
 _OPENED = TypeAdapter(OpenedRollout)
 _CLOSED = TypeAdapter(ClosedRollout)
 _COLLECTED = TypeAdapter(Collected)

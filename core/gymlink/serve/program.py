@@ -54,7 +54,6 @@ class Serving:
     url: str
     secret: str
     model: str
-    weight_version: int
     gym_version: str | None = None
     agents: tuple[str, ...] = ()
 
@@ -119,7 +118,6 @@ def serving(request: ServeRequest, report: Report) -> Iterator[Serving]:
             url=session.url,
             secret=session.secret,
             model=request.model,
-            weight_version=engine.weight_version,
             gym_version=session.gym_version if collects else None,
             agents=session.agents if collects else (),
         )
