@@ -1,7 +1,8 @@
 """What flows through gymlink: sampled turns, the segments a trainer learns from, and rollouts.
 
-Everything here is frozen. Token ids and log probabilities are plain tuples of Python numbers, so that no module
-below the plugins needs numpy or torch. Invariants are checked where a value is made, once.
+Everything here is frozen. What grows with a rollout is packed (`gymlink.packed`), whatever sequence of numbers it was
+made of, and a turn holds only what it adds: a rollout's memory is linear in its tokens. Invariants are checked where a
+value is made, once.
 """
 
 from __future__ import annotations
@@ -9,10 +10,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, Self
 
-TokenIds = tuple[int, ...]
-Logprobs = tuple[float, ...]
+from gymlink.packed import Logprobs, Mask, Packed, TokenIds, pack
+
+__all__ = [
+    "CallIds",
+    "FinishReason",
+    "ForkCause",
+    "Generation",
+    "Logprobs",
+    "Mask",
+    "Message",
+    "Packed",
+    "Rollout",
+    "RolloutBatch",
+    "RolloutRequest",
+    "RolloutStatus",
+    "Sampling",
+    "Segment",
+    "TokenIds",
+    "Tool",
+    "Turn",
+]
+
 Message = Mapping[str, Any]
 """An OpenAI chat-completions message."""
 Tool = Mapping[str, Any]
@@ -52,6 +74,7 @@ class Generation:
     routed_experts: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        pack(self, token_ids=TokenIds, logprobs=Logprobs)
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(
                 f"{len(self.token_ids)} token ids with {len(self.logprobs)} logprobs: an engine gives one for each."
@@ -82,23 +105,81 @@ class ForkCause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One call of the policy: the exact prompt it saw and the exact ids it sampled.
+class CallIds:
+    """The ids of one call of the policy. It holds what it adds, so that those of a rollout are linear in its tokens.
 
-    `parent` is the index, within its rollout, of the turn that this prompt extends token by token
-    (`prompt_ids` starts with the parent's `prompt_ids + completion_ids`); None where a new branch starts.
-    `cause` says why a turn after the first has no parent. The other fields are those of its `Generation`.
+    `extends` is the call, of the same rollout, that this prompt goes on from token by token, and `added_ids` are those
+    of the prompt that follow all that it held (its prompt and its completion). A call that extends none starts a
+    branch, and adds its whole prompt.
     """
 
-    prompt_ids: TokenIds
+    added_ids: TokenIds
     completion_ids: TokenIds
+    extends: Self | None = field(default=None, repr=False, compare=False, kw_only=True)
+    prompt_tokens: int = field(init=False)
+    """How many ids the whole prompt has."""
+
+    def __post_init__(self) -> None:
+        pack(self, added_ids=TokenIds, completion_ids=TokenIds)
+        before = self.extends.tokens if self.extends is not None else 0
+        object.__setattr__(self, "prompt_tokens", before + len(self.added_ids))
+
+    @property
+    def tokens(self) -> int:
+        """How many ids its prompt and completion have together."""
+        return self.prompt_tokens + len(self.completion_ids)
+
+    @property
+    def branch(self) -> list[Self]:
+        """The calls that it goes on from, from the first of its branch, and itself."""
+        calls = [self]
+        while (before := calls[-1].extends) is not None:
+            calls.append(before)
+        return calls[::-1]
+
+    @property
+    def ids(self) -> TokenIds:
+        """Its prompt and its completion, put together with each access."""
+        return TokenIds.joined(chain.from_iterable((call.added_ids, call.completion_ids) for call in self.branch))
+
+    @property
+    def prompt_ids(self) -> TokenIds:
+        """Its whole prompt, put together with each access."""
+        return self.ids[: self.prompt_tokens]
+
+    def has_ids_of(self, other: CallIds) -> bool:
+        """Whether prompt and completion are the same ids."""
+        return (
+            self.prompt_tokens == other.prompt_tokens
+            and self.completion_ids == other.completion_ids
+            and self.prompt_ids == other.prompt_ids
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Turn(CallIds):
+    """One call of the policy: the exact prompt it saw and the exact ids it sampled.
+
+    `cause` says why a turn after the first extends none. `index` is its number within the rollout. The other fields are
+    those of its `Generation`.
+    """
+
     logprobs: Logprobs
     finish_reason: FinishReason
     weight_version: int = 0
-    parent: int | None = None
     cause: ForkCause | None = None
     oldest_weight_version: int | None = None
     routed_experts: Any = field(default=None, repr=False, compare=False)
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        CallIds.__post_init__(self)
+        pack(self, logprobs=Logprobs)
+
+    @property
+    def parent(self) -> int | None:
+        """The index of the turn that it extends; None where a branch starts."""
+        return None if self.extends is None else self.extends.index
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +188,18 @@ class Segment:
 
     Logprobs are those of the sampling policy where the mask is 1 and where an id was sampled but is trained in
     another segment; 0.0 on ids that the environment wrote. `turns` are the indices, within the rollout, of the turns
-    that it is made of, from the first to the last.
+    that it is made of, from the first to the last, and `trained_turns` those of them whose completions it trains.
     """
 
     prompt_ids: TokenIds
     response_ids: TokenIds
-    response_mask: tuple[int, ...]
+    response_mask: Mask
     response_logprobs: Logprobs
     turns: tuple[int, ...] = ()
+    trained_turns: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        pack(self, prompt_ids=TokenIds, response_ids=TokenIds, response_mask=Mask, response_logprobs=Logprobs)
         if not len(self.response_ids) == len(self.response_mask) == len(self.response_logprobs):
             raise ValueError(
                 f"response ids, mask and logprobs differ in length: {len(self.response_ids)}, "
@@ -125,7 +208,7 @@ class Segment:
 
     @property
     def trained_tokens(self) -> int:
-        return sum(self.response_mask)
+        return self.response_mask.count(1)
 
 
 class RolloutStatus(StrEnum):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gymlink.gym import read_rows
+from gymlink.rollout import recorded_segments
 from gymlink.session import Session
 from gymlink.types import RolloutBatch, RolloutRequest, RolloutStatus
 
@@ -134,6 +135,6 @@ def test_rollouts_are_written_as_they_end(session, policy, environments) -> None
     lines = [json.loads(line) for line in path.read_bytes().splitlines()[before:]]
     assert len(lines) == 3
     assert {line["agent"] for line in lines} == {"keypad_agent"}
-    assert all(line["tokens_trained"] == sum(line["segments"][0]["response_mask"]) for line in lines)
+    assert all(line["tokens_trained"] == recorded_segments(line)[0].trained_tokens for line in lines)
     assert lines[0]["output"][0]["content"][0]["text"] == "1234"
     assert "generation_token_ids" not in lines[0]["output"][0]

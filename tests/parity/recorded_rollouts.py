@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gymlink.types import ForkCause, Rollout, RolloutRequest, RolloutStatus, Sampling, Segment, Turn
+from gymlink.types import ForkCause, Packed, Rollout, RolloutRequest, RolloutStatus, Sampling, Segment, Turn
 from gymlink_tiny import make_tokenizer
 
 FILE = Path(__file__).with_name("rollouts.jsonl")
@@ -90,7 +90,8 @@ _SEGMENT = ("prompt_ids", "response_ids", "response_mask", "response_logprobs", 
 
 
 def _some(one: Turn | Segment, names: Iterable[str]) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in names}
+    values = {name: getattr(one, name) for name in names}
+    return {name: value.tolist() if isinstance(value, Packed) else value for name, value in values.items()}
 
 
 def _rollout(known: Mapping[str, Any], *, index: int) -> Rollout:
@@ -99,8 +100,8 @@ def _rollout(known: Mapping[str, Any], *, index: int) -> Rollout:
         f"0.{known['group']}-{index}",
         RolloutStatus(known["status"]),
         known["reward"],
-        segments=tuple(Segment(**_tuples(one)) for one in known["segments"]),
-        turns=tuple(_turn(one) for one in known["turns"]),
+        segments=tuple(Segment(**{**one, "turns": tuple(one["turns"])}) for one in known["segments"]),
+        turns=_turns(known["turns"]),
         failure=known["failure"],
         detail=known["failure"],
         sampled_tokens=known["sampled_tokens"],
@@ -108,10 +109,22 @@ def _rollout(known: Mapping[str, Any], *, index: int) -> Rollout:
     )
 
 
-def _turn(known: Mapping[str, Any]) -> Turn:
-    cause = known["cause"]
-    return Turn(**{**_tuples(known), "cause": None if cause is None else ForkCause(cause)})
-
-
-def _tuples(known: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+def _turns(known: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
+    """Whole prompts are in the file; a turn holds what it adds to its parent's ids."""
+    turns: list[Turn] = []
+    for index, one in enumerate(known):
+        extends = None if one["parent"] is None else turns[one["parent"]]
+        held = list(extends.ids) if extends else []
+        assert one["prompt_ids"][: len(held)] == held
+        turns.append(
+            Turn(
+                one["prompt_ids"][len(held) :],
+                one["completion_ids"],
+                one["logprobs"],
+                one["finish_reason"],
+                extends=extends,
+                cause=None if one["cause"] is None else ForkCause(one["cause"]),
+                index=index,
+            )
+        )
+    return tuple(turns)

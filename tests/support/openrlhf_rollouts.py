@@ -8,22 +8,23 @@ from typing import Any
 from hypothesis import strategies as st
 
 from gymlink.align import build_segments
-from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Turn
+from gymlink.types import Rollout, RolloutRequest, RolloutStatus
+from whole_turns import WholeTurn, linked
 
 ROW = {"responses_create_params": {"input": "go"}, "agent_ref": {"name": "agent"}}
 
 _ids = st.lists(st.integers(0, 50), max_size=4).map(tuple)
 
 
-def turn(prompt: Sequence[int], said: Sequence[int], **more: Any) -> Turn:
-    return Turn(tuple(prompt), tuple(said), tuple(-0.25 * (at + 1) for at in range(len(said))), "stop", **more)
+def turn(prompt: Sequence[int], said: Sequence[int], parent: int | None = None) -> WholeTurn:
+    return WholeTurn(tuple(prompt), tuple(said), tuple(-0.25 * (at + 1) for at in range(len(said))), parent)
 
 
 def scored(
-    reward: float | None, turns: Sequence[Turn] = (), *, name: str = "0.r", history: Any = "last", **more: Any
+    reward: float | None, told: Sequence[WholeTurn] = (), *, name: str = "0.r", history: Any = "last", **more: Any
 ) -> Rollout:
     """A rollout with this reward; by default of one turn of three tokens after a prompt of two."""
-    turns = tuple(turns) or (turn((1, 2), (3, 4, 5)),)
+    turns = linked(told or [turn((1, 2), (3, 4, 5))])
     segments, dropped = build_segments(turns, on_history_rewrite=history, last_turn=more.pop("last", None))
     return Rollout(
         RolloutRequest(ROW, 0, "g"),
@@ -38,14 +39,15 @@ def scored(
     )
 
 
-def failed(turns: Sequence[Turn] = (), *, name: str = "0.f") -> Rollout:
+def failed(told: Sequence[WholeTurn] = (), *, name: str = "0.f") -> Rollout:
+    turns = linked(told)
     sampled = sum(len(one.completion_ids) for one in turns)
     return Rollout(
         RolloutRequest(ROW, 0, "g"),
         name,
         RolloutStatus.FAILED,
         None,
-        turns=tuple(turns),
+        turns=turns,
         failure="http",
         detail="the door is stuck",
         sampled_tokens=sampled,
@@ -56,11 +58,11 @@ def failed(turns: Sequence[Turn] = (), *, name: str = "0.f") -> Rollout:
 @st.composite
 def rollouts(draw: st.DrawFn) -> Rollout:
     """Any tree of turns that gives one sample, ending in any of its turns."""
-    turns: list[Turn] = []
+    turns: list[WholeTurn] = []
     for index in range(draw(st.integers(1, 6))):
         parent = draw(st.one_of(st.none(), st.integers(0, index - 1))) if index else None
         added = draw(_ids)
-        prompt = (1, *added) if parent is None else (*turns[parent].prompt_ids, *turns[parent].completion_ids, *added)
+        prompt = (1, *added) if parent is None else (*turns[parent].prompt, *turns[parent].said, *added)
         turns.append(turn(prompt, draw(_ids), parent=parent))
     last = draw(st.integers(0, len(turns) - 1))
     status = draw(st.sampled_from([RolloutStatus.COMPLETED, RolloutStatus.TRUNCATED]))

@@ -4,7 +4,7 @@ from gymlink.align.base import ChatFormat, FormatReport, Parsed, Tokenizer, Tool
 from gymlink.align.canonical import Canonical, canonical, split_reasoning
 from gymlink.align.format import load_format
 from gymlink.align.record import PromptPlan, RolloutRecord
-from gymlink.align.segments import HISTORY_REWRITTEN, OTHER_BRANCH, build_segments
+from gymlink.align.segments import HISTORY_REWRITTEN, OTHER_BRANCH, build_segments, segment_of
 from gymlink.align.suffix import TemplateFormat
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "build_segments",
     "canonical",
     "load_format",
+    "segment_of",
     "split_reasoning",
 ]

@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from gymlink.types import FinishReason, Message, TokenIds, Tool
+from gymlink.types import FinishReason, Message, Tool
+
+Ids = tuple[int, ...]
+"""Token ids as a format makes and takes them: few at a time, but for a whole render."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +64,14 @@ class ChatFormat(Protocol):
         """`template`, or `renderers:<its name there>`."""
 
     @property
-    def stop_token_ids(self) -> TokenIds:
+    def stop_token_ids(self) -> Ids:
         """Ids that end a sampled turn."""
 
     @property
     def writes_tools(self) -> bool:
         """Whether the tools of a request reach the prompt at all: many templates ignore them without a word."""
 
-    def encode(self, text: str) -> TokenIds:
+    def encode(self, text: str) -> Ids:
         """The ids of a text, with nothing added around it. Control tokens are read where it spells them."""
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -76,7 +79,7 @@ class ChatFormat(Protocol):
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
-    ) -> TokenIds:
+    ) -> Ids:
         """The whole conversation, up to and including the generation prompt.
 
         With `template_args["continue_final_message"]` the last message, an assistant's, is left open instead.
@@ -95,7 +98,7 @@ class ChatFormat(Protocol):
         *,
         template_args: Mapping[str, Any] = NO_ARGS,
         answered: Message | None = None,
-    ) -> TokenIds | None:
+    ) -> Ids | None:
         """The ids that follow `prompt_ids + completion_ids` for `new_messages`, up to the next generation prompt.
 
         They close the turn where sampling did not. `answered` is the sampled message itself: some templates name the

@@ -15,12 +15,12 @@ from typing import Any, Final
 from renderers import base as _renderers  # type: ignore[import-untyped]
 from renderers.configs import config_from_name  # type: ignore[import-untyped]
 
-from gymlink.align.base import NO_ARGS, Parsed, Tokenizer, ToolCall
+from gymlink.align.base import NO_ARGS, Ids, Parsed, Tokenizer, ToolCall
 from gymlink.align.canonical import digest, lasting_args
 from gymlink.align.parsing import PROMPT_TAIL, read_arguments
 from gymlink.align.template import PROBE_TOOL, ChatTemplate, Template, probe_call
 from gymlink.errors import AlignmentError, ConfigError
-from gymlink.types import Message, TokenIds, Tool
+from gymlink.types import Message, Tool
 
 _OPEN: Final = "Zq" + secrets.token_hex(12)
 
@@ -30,7 +30,7 @@ class KnownParser:
 
     def __init__(self, name: str, renderer: _renderers.Renderer, tokenizer: Tokenizer) -> None:
         self.name = f"renderers:{name}"
-        self.stop_token_ids: TokenIds = tuple(renderer.get_stop_token_ids())
+        self.stop_token_ids: Ids = tuple(renderer.get_stop_token_ids())
         self._renderer = renderer
         self._tokenizer = tokenizer
 
@@ -160,7 +160,7 @@ def _make(tokenizer: Tokenizer, name: str, template_args: Mapping[str, Any]) -> 
     return _renderers.create_renderer(tokenizer, config, chat_template_kwargs=dict(template_args) or None)
 
 
-def _ids(template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool]) -> TokenIds | None:
+def _ids(template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool]) -> Ids | None:
     try:
         return template.ids(messages, tools, NO_ARGS)
     except AlignmentError:

@@ -13,10 +13,10 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from gymlink.align.base import Parsed, ToolCall
+from gymlink.align.base import Ids, Parsed, ToolCall
 from gymlink.align.canonical import tool_calls_of
 from gymlink.align.template import ChatTemplate
-from gymlink.types import Message, TokenIds, Tool
+from gymlink.types import Message, Tool
 
 PROMPT_TAIL: Final = 1024
 """Ids of the prompt that a reader sees: enough for the generation prompt and what it opened."""
@@ -35,7 +35,7 @@ class Parser(Protocol):
     """Reads a sampled completion. May raise; its caller does not."""
 
     name: str
-    stop_token_ids: TokenIds
+    stop_token_ids: Ids
 
     def parse(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], tools: Sequence[Tool]) -> Parsed: ...
 
@@ -62,7 +62,7 @@ class TagParser:
     """`<think>` and the common tool-call shapes, each only where the template's text contains it."""
 
     name = "template"
-    stop_token_ids: TokenIds = ()
+    stop_token_ids: Ids = ()
 
     def __init__(self, template: ChatTemplate) -> None:
         source = template.source
@@ -115,7 +115,7 @@ class TemplateParser:
     """The tokenizer's own `parse_response`."""
 
     name = "template"
-    stop_token_ids: TokenIds = ()
+    stop_token_ids: Ids = ()
 
     def __init__(self, template: ChatTemplate) -> None:
         self._tokenizer: Any = template.tokenizer

@@ -8,25 +8,15 @@ Token ids that come back on messages only choose between turns of equal text: th
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any, Final, Literal
 
 from gymlink.align.base import NO_ARGS, ChatFormat
-from gymlink.align.canonical import (
-    READ_FIELDS,
-    REASONING_FIELDS,
-    Canonical,
-    canonical,
-    split_reasoning,
-    text_of,
-    tool_calls_of,
-    tools_digest,
-)
+from gymlink.align.canonical import REASONING_FIELDS, Canonical, canonical, split_reasoning, text_of, tool_calls_of
+from gymlink.align.history import Histories, History, link
 from gymlink.types import ForkCause, Generation, Message, TokenIds, Tool, Turn
 
-_ROOT: Final = b""
 _MARK: Final = "Zq" + secrets.token_hex(12)
 _LOST: Final = "\ufffd"
 """What decoding writes for bytes that are no text: a character of which only a part was sampled."""
@@ -37,34 +27,15 @@ class PromptPlan:
     """A prompt, and what it continues."""
 
     prompt_ids: TokenIds
+    added_ids: TokenIds
+    """Those of the prompt that follow all that the parent held; the whole prompt without one."""
     parent: int | None
-    """Index of the turn whose `prompt_ids + completion_ids` this prompt starts with."""
+    """Index of the turn that this prompt extends."""
     cause: ForkCause | None
     """Why not, when a turn existed before and none is extended."""
-    _history: _History = field(repr=False, compare=False)
-    _known: int = field(repr=False, compare=False)
-    """Messages at the beginning of the history whose reasoning was compared with the record's."""
-
-
-@dataclass(frozen=True, slots=True)
-class _History:
-    """The messages of one call, hashed so that equal prefixes have equal keys. It holds on to no ids of theirs."""
-
-    read: tuple[tuple[Any, ...], ...]
-    """Of each message, all that its canonical form depends on."""
-    forms: tuple[Canonical, ...]
-    chain: tuple[bytes, ...]
-    """`chain[n]` stands for the first n messages; silent assistant messages leave it unchanged."""
-    tools: bytes
-    prefilled: str | None
-    """The text of a last message that is to be continued."""
-
-    def __len__(self) -> int:
-        return len(self.forms)
-
-    @property
-    def key(self) -> bytes:
-        return self.chain[-1]
+    known: int = field(compare=False)
+    """Messages at the beginning that are those of the parent with what it answered; 0 where they were not compared."""
+    _history: History = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +45,7 @@ class _Call:
     messages: Sequence[Message]
     tools: Sequence[Tool]
     args: Mapping[str, Any]
-    history: _History
+    history: History
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +81,7 @@ class RolloutRecord:
         self._openings: set[bytes] = set()
         self._reasonings: dict[bytes, list[str]] = {}  # history key -> reasoning seen on its last message
         self._longest = 0
-        self._latest = _History((), (), (_ROOT,), b"", None)
+        self._histories = Histories()
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -134,7 +105,7 @@ class RolloutRecord:
         Raises:
             AlignmentError: the chat template refuses these messages.
         """
-        history = self._latest = _hash(messages, tools, template_args, self._latest)
+        history = self._histories.read(messages, tools, template_args)
         call = _Call(messages, tools, template_args, history)
         anchor = self._required(history, required_prefix) or self._anchor(call)
         if anchor is None:
@@ -150,8 +121,9 @@ class RolloutRecord:
                 return fresh
 
         turn = self._turns[index]
+        held = turn.ids
         added = self._format.extend(
-            turn.prompt_ids,
+            held[: turn.prompt_tokens],
             turn.completion_ids,
             turn.finish_reason,
             messages[length:],
@@ -161,23 +133,23 @@ class RolloutRecord:
         )
         if added is None:
             return self._fresh(call, self._why_not_extended(call, index, length), index)
-        return PromptPlan(turn.prompt_ids + (turn.completion_ids + added), index, None, history, length)
+        return _extended(held, TokenIds(added), index, history, length)
 
     def add(self, plan: PromptPlan, generation: Generation, message: Message) -> Turn:
         """Remember what was sampled after `plan`, and the assistant message that the agent was given for it."""
         turn = Turn(
-            prompt_ids=plan.prompt_ids,
+            added_ids=plan.added_ids,
             completion_ids=generation.token_ids,
             logprobs=generation.logprobs,
             finish_reason=generation.finish_reason,
             weight_version=generation.weight_version,
-            parent=plan.parent,
+            extends=None if plan.parent is None else self._turns[plan.parent],
             cause=plan.cause,
             oldest_weight_version=generation.oldest_weight_version,
             routed_experts=generation.routed_experts,
+            index=len(self._turns),
         )
-        history = plan._history
-        index = len(self._turns)
+        history, index = plan._history, turn.index
         form = canonical(message)
         said = _after(history, message, form)
         digests = frozenset(one.digest for one, _ in said)
@@ -186,7 +158,7 @@ class RolloutRecord:
         self._longest = max(self._longest, len(history) + (not form.is_silent))
         self._prompts.add(history.key)
         self._openings.update(history.chain[1:2])
-        for place in range(plan._known, len(history)):
+        for place in range(plan.known, len(history)):
             self._remember_reasoning(history.chain[place + 1], history.forms[place].reasoning)
         for _, key in said:
             self._ending.setdefault(key, []).append(index)
@@ -209,12 +181,12 @@ class RolloutRecord:
         same = (index for index, sampled in enumerate(self._sampled) if said in sampled.digests)
         return max(same, key=rank, default=None)
 
-    def _required(self, history: _History, prefix: Sequence[int] | None) -> tuple[int, int] | None:
+    def _required(self, history: History, prefix: Sequence[int] | None) -> tuple[int, int] | None:
         """(turn, messages up to and with it) of the turn that held exactly these ids, where this history goes on."""
         if not prefix:
             return None
-        ids = tuple(prefix)
-        turns = [index for index, turn in enumerate(self._turns) if _holds(turn, ids, len(ids))]
+        ids = TokenIds(prefix)
+        turns = [turn.index for turn in self._turns if turn.tokens == len(ids) and turn.ids == ids]
         for length in range(len(history), 0, -1):
             ended = self._ending.get(history.chain[length], ())
             answers = history.forms[length - 1].role == "assistant"
@@ -239,41 +211,35 @@ class RolloutRecord:
     def _choose(self, turns: Sequence[int], answer: Message, tools: bytes) -> int:
         """Among turns of one text: the one whose ids came back, else one with these tools, else the latest."""
 
+        if len(turns) == 1:
+            return turns[0]
+        prompt, completion = _ids(answer.get("prompt_token_ids")), _ids(answer.get("generation_token_ids"))
+
         def rank(index: int) -> tuple[bool, bool, bool, int]:
             turn = self._turns[index]
-            return (
-                _ids(answer.get("generation_token_ids")) == turn.completion_ids,
-                _ids(answer.get("prompt_token_ids")) == turn.prompt_ids,
-                self._sampled[index].tools == tools,
-                index,
-            )
+            same_prompt = prompt is not None and len(prompt) == turn.prompt_tokens and prompt == turn.prompt_ids
+            return completion == turn.completion_ids, same_prompt, self._sampled[index].tools == tools, index
 
-        return turns[0] if len(turns) == 1 else max(turns, key=rank)
+        return max(turns, key=rank)
 
     def _remember_reasoning(self, key: bytes, reasoning: str | None) -> None:
-        known = self._reasonings.setdefault(key, [])
-        if reasoning and reasoning not in known:
+        if reasoning and reasoning not in (known := self._reasonings.setdefault(key, [])):
             known.append(reasoning)
 
-    def _reasoning_edited(self, history: _History, length: int) -> bool:
+    def _reasoning_edited(self, history: History, length: int) -> bool:
         """Whether a message of the matched history carries reasoning that was never there. A missing one is fine."""
-        return any(
-            form.reasoning is not None and form.reasoning not in self._reasonings.get(key, ())
-            for form, key in zip(history.forms[:length], history.chain[1 : length + 1], strict=True)
-        )
+        for place in range(history.checked, length):
+            reasoning = history.forms[place].reasoning
+            if reasoning is not None and reasoning not in self._reasonings.get(history.chain[place + 1], ()):
+                return True
+            history.checked = place + 1  # what was sampled is not forgotten, so later calls need not look again
+        return False
 
     def _leaves_reasoning(self, index: int, new_messages: Sequence[Message]) -> bool:
         """Whether a new user turn follows reasoning that is still in the prompt."""
         if not any(message.get("role") == "user" for message in new_messages):
             return False
-        return any(self._sampled[turn].reasoning for turn in self._path(index))
-
-    def _path(self, index: int) -> Iterator[int]:
-        """This turn, the one that it extends, and so on to the first of its branch."""
-        current: int | None = index
-        while current is not None:
-            yield current
-            current = self._turns[current].parent
+        return any(self._sampled[turn.index].reasoning for turn in self._turns[index].branch)
 
     # -- prompts that extend nothing by plan ----------------------------------------------------------------------
 
@@ -283,21 +249,21 @@ class RolloutRecord:
         It may still read on from what was sampled: what was edited is nothing that the template writes, or other
         arguments of it change only what comes next. Then nothing is forked.
         """
-        ids = self._format.render(self._restored(call), call.tools, template_args=call.args)
+        ids = TokenIds(self._format.render(self._restored(call), call.tools, template_args=call.args))
         if not self._turns:
-            return PromptPlan(ids, None, None, call.history, 0)
+            return PromptPlan(ids, ids, None, None, 0, call.history)
         nearest = len(self._turns) - 1 if anchor is None else anchor
         turn = self._turns[nearest]
-        held, decode = turn.prompt_ids + turn.completion_ids, self._format.decode
+        held, decode = turn.ids, self._format.decode
         text, begun = decode(ids), decode(held)
         if turn.completion_ids and text.startswith(begun):
-            added = self._format.encode(text[len(begun) :])
-            if decode(held + added) == text and _LOST not in decode(turn.completion_ids):
-                return PromptPlan(held + added, nearest, None, call.history, 0)
+            plan = _extended(held, TokenIds(self._format.encode(text[len(begun) :])), nearest, call.history, 0)
+            if decode(plan.prompt_ids) == text and _LOST not in decode(turn.completion_ids):
+                return plan
             cause = ForkCause.RETOKENIZED
         elif cause is ForkCause.RETEMPLATED and self._strips_reasoning(call, nearest, ids):
             cause = ForkCause.REASONING_STRIPPED
-        return PromptPlan(ids, None, cause, call.history, 0)
+        return PromptPlan(ids, ids, None, cause, 0, call.history)
 
     def _restored(self, call: _Call) -> list[Message]:
         """The messages, with the reasoning that was sampled where they carry none."""
@@ -310,8 +276,8 @@ class RolloutRecord:
 
     def _strips_reasoning(self, call: _Call, index: int, rendered: TokenIds) -> bool:
         """Whether the template leaves out reasoning that the prompt of this turn's branch still holds."""
-        *_, root = self._path(index)
-        begins, text = self._sampled[root].length, self._format.decode(rendered)
+        root = self._turns[index].branch[0]
+        begins, text = self._sampled[root.index].length, self._format.decode(rendered)
         marked, marks = self._restored(call), 0
         for place in range(begins, len(marked)):
             reasoning = canonical(marked[place]).reasoning
@@ -353,41 +319,9 @@ class RolloutRecord:
         return any(ids and ids not in ours for ids in echoed)
 
 
-def _hash(
-    messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any], known: _History
-) -> _History:
-    """`known` is a history whose work is taken over as far as the messages are the same: most calls only add some."""
-    read = tuple([tuple(map(message.get, READ_FIELDS)) for message in messages])
-    same = _common_length(read, known.read)
-    added = tuple(map(canonical, messages[same:]))
-    chain = [known.chain[same]]
-    for form in added:
-        chain.append(_link(chain[-1], form))
-    forms = known.forms[:same] + added
-    resumed = template_args.get("continue_final_message") and forms and forms[-1].role == "assistant"
-    return _History(
-        read=read,
-        forms=forms,
-        chain=known.chain[:same] + tuple(chain),
-        tools=tools_digest(tools, template_args),
-        prefilled=text_of(messages[-1].get("content")) if resumed else None,
-    )
-
-
-def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items at the beginning are equal."""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:  # most calls only add messages
-        return shorter
-    return next(place for place in range(shorter) if one[place] != other[place])
-
-
-def _holds(turn: Turn, ids: TokenIds, length: int | None = None) -> bool:
-    """Whether `ids` start with the turn's prompt and completion, and these are so long."""
-    asked, held = len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.completion_ids)
-    if length not in (None, held):
-        return False
-    return ids[asked:held] == turn.completion_ids and ids[:asked] == turn.prompt_ids
+def _extended(held: TokenIds, added: TokenIds, parent: int, history: History, known: int) -> PromptPlan:
+    """The prompt that goes on with `added` from all that the turn `parent` held."""
+    return PromptPlan(held + added, added, parent, None, known, history)
 
 
 def _with_reasoning(message: Message, reasoning: str) -> Message:
@@ -398,12 +332,12 @@ def _with_reasoning(message: Message, reasoning: str) -> Message:
     return {**message, "content": f"<think>\n{reasoning}\n</think>\n\n{split_reasoning(message)[0]}"}
 
 
-def _after(history: _History, message: Message, form: Canonical) -> list[tuple[Canonical, bytes]]:
+def _after(history: History, message: Message, form: Canonical) -> list[tuple[Canonical, bytes]]:
     """Forms of the message and keys of the histories that mean "this was sampled": a prefill may come back joined."""
-    said = [(form, _link(history.key, form))]
+    said = [(form, link(history.key, form))]
     if history.prefilled is not None:
         joined = canonical({**message, "content": history.prefilled + text_of(message.get("content"))})
-        said.append((joined, _link(history.chain[-2], joined)))
+        said.append((joined, link(history.chain[-2], joined)))
     return said
 
 
@@ -411,15 +345,11 @@ def _call_ids(message: Message) -> list[str]:
     return [str(call.get("id") or "") for call in tool_calls_of(message)]
 
 
-def _link(key: bytes, form: Canonical) -> bytes:
-    return key if form.is_silent else blake2b(key + form.digest, digest_size=16).digest()
-
-
 def _ids(value: Any) -> TokenIds | None:
     """Ids as they came back on a message, or None where they are none: agents send null, strings and worse."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
         return None
     try:
-        return tuple(map(int, value))
+        return TokenIds(map(int, value))
     except (TypeError, ValueError, OverflowError):
         return None

@@ -1,18 +1,18 @@
 """From the turns of a rollout to the sequences a trainer learns from.
 
-Turns form a tree: a child's prompt starts with its parent's prompt and completion. Every path from a root to a leaf is
-one training sequence, and each sampled token is trained in exactly one of them, or counted under the reason why not:
+Turns form a tree: a turn holds what it adds to the one that it extends. Every path from a root to a leaf, put together,
+is one training sequence, and each sampled token is trained in exactly one of them, or counted under the reason why not:
 
     sum(len(turn.completion_ids)) == sum(segment.trained_tokens) + sum(dropped.values())
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 from gymlink.errors import AlignmentError
-from gymlink.types import Segment, Turn
+from gymlink.types import Logprobs, Mask, Segment, TokenIds, Turn
 
 OTHER_BRANCH: Final = "other_branch"
 """Sampled on a branch that does not end in the final response, and only the final one is trained."""
@@ -40,7 +40,7 @@ def build_segments(
         tokens.
 
     Raises:
-        AlignmentError: a child's prompt does not start with its parent's prompt and completion.
+        AlignmentError: `turns` are not the turns of one rollout in their order.
     """
     if not turns:
         return (), {}
@@ -50,14 +50,14 @@ def build_segments(
     parents = {turn.parent for turn in turns if turn.parent is not None}
     leaves = [index for index in range(len(turns)) if index not in parents and index != final]
     if not leaves:
-        return (_segment(turns, _path(turns, final), trained=_path(turns, final)),), {}
+        return (segment_of(turns, final, trained=_path(turns, final)),), {}
 
     sampled = sum(len(turn.completion_ids) for turn in turns)
     path = _path(turns, final)
     if on_history_rewrite == "mask":
-        return (_segment(turns, path, trained=()),), _counted(HISTORY_REWRITTEN, sampled)
+        return (segment_of(turns, final, trained=()),), _counted(HISTORY_REWRITTEN, sampled)
 
-    last = _segment(turns, path, trained=path)
+    last = segment_of(turns, final, trained=path)
     if on_history_rewrite == "last":
         return (last,), _counted(OTHER_BRANCH, sampled - last.trained_tokens)
 
@@ -68,7 +68,7 @@ def build_segments(
         fresh = [index for index in path if index not in taken]
         taken.update(fresh)
         if any(turns[index].completion_ids for index in fresh):
-            branches.append(_segment(turns, path, trained=fresh))
+            branches.append(segment_of(turns, leaf, trained=fresh))
     return (*branches, last), {}
 
 
@@ -78,39 +78,36 @@ def _counted(reason: str, tokens: int) -> Mapping[str, int]:
 
 def _path(turns: Sequence[Turn], leaf: int) -> list[int]:
     """Indices from the root to `leaf`."""
-    path = [leaf]
-    while (parent := turns[path[-1]].parent) is not None:
-        if not 0 <= parent < path[-1]:
-            raise AlignmentError(f"Turn {path[-1]} names turn {parent} as its parent, which does not precede it.")
-        path.append(parent)
-    return path[::-1]
+    branch = turns[leaf].branch
+    if branch[-1].index != leaf or any(turn.index >= len(turns) or turns[turn.index] is not turn for turn in branch):
+        raise AlignmentError(
+            f"The turns are not those of one rollout in their order: turn {leaf} is numbered {turns[leaf].index}, or "
+            "extends one that is not among them. Please report this: it is a defect of gymlink."
+        )
+    return [turn.index for turn in branch]
 
 
-def _segment(turns: Sequence[Turn], path: Sequence[int], *, trained: Iterable[int]) -> Segment:
-    train = set(trained)
-    root = turns[path[0]]
-    ids: list[int] = []
-    mask: list[int] = []
-    logprobs: list[float] = []
-    start = len(root.prompt_ids)
-    for position, index in enumerate(path):
-        turn = turns[index]
-        if position:
-            parent = turns[path[position - 1]]
-            held = len(parent.prompt_ids) + len(parent.completion_ids)
-            if (
-                turn.prompt_ids[: len(parent.prompt_ids)] != parent.prompt_ids
-                or turn.prompt_ids[len(parent.prompt_ids) : held] != parent.completion_ids
-            ):
-                raise AlignmentError(
-                    f"Turn {index} says that it extends turn {path[position - 1]}, but its prompt does not start with "
-                    "that turn's prompt and completion. Please report this: it is a defect of gymlink."
-                )
-            environment = turn.prompt_ids[start + len(ids) :]
-            ids += environment
-            mask += [0] * len(environment)
-            logprobs += [0.0] * len(environment)
-        ids += turn.completion_ids
-        mask += [int(index in train)] * len(turn.completion_ids)
-        logprobs += turn.logprobs
-    return Segment(root.prompt_ids, tuple(ids), tuple(mask), tuple(logprobs), tuple(path))
+def segment_of(turns: Sequence[Turn], leaf: int, *, trained: Sequence[int]) -> Segment:
+    """The sequence of the branch that ends with turn `leaf`, whose turns `trained` are to be trained.
+
+    Raises:
+        AlignmentError: `turns` are not the turns of one rollout in their order.
+    """
+    path, train = _path(turns, leaf), set(trained)
+    ids, mask, logprobs = [], [], []
+    for turn in (turns[index] for index in path):
+        if turn.extends is not None:
+            ids.append(turn.added_ids)
+            mask.append(Mask.filled(0, len(turn.added_ids)))
+            logprobs.append(Logprobs.filled(0.0, len(turn.added_ids)))
+        ids.append(turn.completion_ids)
+        mask.append(Mask.filled(int(turn.index in train), len(turn.completion_ids)))
+        logprobs.append(turn.logprobs)
+    return Segment(
+        turns[path[0]].added_ids,
+        TokenIds.joined(ids),
+        Mask.joined(mask),
+        Logprobs.joined(logprobs),
+        turns=tuple(path),
+        trained_turns=tuple(trained),
+    )

@@ -18,12 +18,12 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from gymlink.align.base import NO_ARGS, FormatReport, Parsed
+from gymlink.align.base import NO_ARGS, FormatReport, Ids, Parsed
 from gymlink.align.canonical import digest, split_reasoning, tool_calls_of
 from gymlink.align.parsing import Parser, safe_decode, safe_parse
 from gymlink.align.template import PROBE_TOOL, Template, probe_call
 from gymlink.errors import AlignmentError
-from gymlink.types import FinishReason, Message, TokenIds, Tool
+from gymlink.types import FinishReason, Message, Tool
 
 MAX_PROOFS: Final = 1024
 """Proofs that are kept: more than any run needs, unless template arguments differ from row to row."""
@@ -62,7 +62,7 @@ class _Proof:
     """The sentinel stands in a tool call's argument (templates that look back at the call), else in the content."""
     call_end: str
     """What the template writes between that argument and the turn's end marker."""
-    end_marker: TokenIds
+    end_marker: Ids
     """What closes the turn. Empty where only the next role's marker does (GLM)."""
     goes_on: bool
     """The new messages go on in the same turn (Gemma joins answers): nothing continues one that sampling closed."""
@@ -85,7 +85,7 @@ class TemplateFormat:
         self._reasoning_end = self._find_reasoning_end()
 
     @property
-    def stop_token_ids(self) -> TokenIds:
+    def stop_token_ids(self) -> Ids:
         """The tokenizer's eos token and every marker that the template was seen to end a sampled turn with."""
         return tuple(self._stops)
 
@@ -94,7 +94,7 @@ class TemplateFormat:
         """See `ChatFormat.writes_tools`."""
         return self.report.writes_tools
 
-    def encode(self, text: str) -> TokenIds:
+    def encode(self, text: str) -> Ids:
         """See `ChatFormat.encode`."""
         return tuple(self._template.encode(text))
 
@@ -104,7 +104,7 @@ class TemplateFormat:
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, template_args: Mapping[str, Any] = NO_ARGS
-    ) -> TokenIds:
+    ) -> Ids:
         """See `ChatFormat.render`."""
         return self._template.ids(messages, tools, template_args)
 
@@ -118,7 +118,7 @@ class TemplateFormat:
         *,
         template_args: Mapping[str, Any] = NO_ARGS,
         answered: Message | None = None,
-    ) -> TokenIds | None:
+    ) -> Ids | None:
         """See `ChatFormat.extend`. The cost depends on the new messages, not on the history."""
         ended = self._ended(completion_ids, finish_reason)
         if not new_messages and template_args.get("continue_final_message"):
@@ -212,7 +212,7 @@ class TemplateFormat:
         last = completion_ids[-1]
         return last in self._stops or (finish_reason == "stop" and last in self._template.special_ids)
 
-    def _close_reasoning(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> TokenIds:
+    def _close_reasoning(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Ids:
         """A turn cut inside its reasoning is closed as the template writes reasoning without an answer."""
         if self._reasoning_end is None:
             return ()
@@ -220,7 +220,7 @@ class TemplateFormat:
         text = self._template.opening(prompt_ids) + self.decode(completion_ids)
         return ids if text.rfind(opened) > text.rfind(closed) else ()
 
-    def _find_reasoning_end(self) -> tuple[str, str, TokenIds] | None:
+    def _find_reasoning_end(self) -> tuple[str, str, Ids] | None:
         """The tags around reasoning, and the ids between it and the answer; None where no tags are."""
         thought, said = self._sentinel + "r", self._sentinel + "c"
         message = {"role": "assistant", "content": said, "reasoning_content": thought}
@@ -286,7 +286,7 @@ class TemplateFormat:
         self._reasons.pop(shape, None)
         return proof
 
-    def _continues(self, whole: str, ids: TokenIds, suffix: str, new: Sequence[Message]) -> bool:
+    def _continues(self, whole: str, ids: Ids, suffix: str, new: Sequence[Message]) -> bool:
         """Whether the whole render ends with `suffix`, in text and in ids, and the suffix says every new message."""
         if not suffix or not whole.endswith(suffix) or not all(word in suffix for word in _words(new)):
             return False
@@ -333,7 +333,7 @@ class TemplateFormat:
         joins = shape.roles[:1] == ("assistant",) and self._begins_special(final) and not self._begins_special(followed)
         return _Proof(after_call, call_end, self._end_marker(followed, final, others), joins)
 
-    def _end_marker(self, followed: str, final: str, others: Sequence[str]) -> TokenIds:
+    def _end_marker(self, followed: str, final: str, others: Sequence[str]) -> Ids:
         """The ids that close a turn, whoever speaks next and also when nobody does; notes what sampling may stop at.
 
         Where the turn ends with the next role's own marker (GLM), there are none.
@@ -370,7 +370,7 @@ def _shared(one: Sequence[_T], other: Sequence[_T]) -> list[_T]:
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
 
-def _sampled_part(completion: Sequence[int], ids: Sequence[int], marker: TokenIds, *, ended: bool) -> int:
+def _sampled_part(completion: Sequence[int], ids: Sequence[int], marker: Ids, *, ended: bool) -> int:
     """How many of the leading `ids` stand in the completion already, or are made needless by how it ended."""
     if not completion:
         return 0

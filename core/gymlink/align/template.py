@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import orjson
 
-from gymlink.align.base import NO_ARGS, Tokenizer
+from gymlink.align.base import NO_ARGS, Ids, Tokenizer
 from gymlink.align.canonical import REASONING_FIELDS, text_of, tool_calls_of
 from gymlink.errors import AlignmentError, ConfigError
-from gymlink.types import Message, TokenIds, Tool
+from gymlink.types import Message, Tool
 
 PROBE_TOOL: Final[Tool] = {
     "type": "function",
@@ -102,7 +102,7 @@ class Template(ABC):
 
     def ids(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), template_args: Mapping[str, Any] = NO_ARGS
-    ) -> TokenIds:
+    ) -> Ids:
         """The whole conversation as ids.
 
         Raises:
@@ -117,7 +117,7 @@ class Template(ABC):
         template_args: Mapping[str, Any] = NO_ARGS,
         *,
         answers: bool = True,
-    ) -> tuple[str, TokenIds]:
+    ) -> tuple[str, Ids]:
         """The whole conversation as text and as ids.
 
         Raises:

@@ -37,5 +37,5 @@ def _pooled(request: EngineRequest, replica: Callable[[str], ServedEngine]) -> E
 def make_scripted(request: EngineRequest) -> Engine:
     """Says `request.reply` to everything, and ends its turn."""
     text = DEFAULT_REPLY if request.reply is None else request.reply
-    reply: TokenIds = (*request.tokenizer.encode(text, add_special_tokens=False), request.tokenizer.eos_token_id)
-    return ScriptedEngine(lambda _: reply, max_context=request.max_context)
+    reply = TokenIds((*request.tokenizer.encode(text, add_special_tokens=False), request.tokenizer.eos_token_id))
+    return ScriptedEngine(lambda _: reply, max_context=request.max_context, keep_calls=False)

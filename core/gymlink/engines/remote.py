@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from gymlink.engines.connection import AnsweredError, Connection
 from gymlink.errors import ContextOverflowError, EngineDownError, EngineError
-from gymlink.types import FinishReason, Generation, Sampling
+from gymlink.types import FinishReason, Generation, Logprobs, Sampling, TokenIds
 
 BAD_REQUEST = 400
 SERVER_ERROR = 500
@@ -192,9 +192,13 @@ class RemoteEngine(ABC):
         reason = _REASONS.get(str(sampled.finish_reason))
         if reason is None:
             raise EngineError(f"{self} ended a generation with the finish_reason {sampled.finish_reason!r}.")
+        try:
+            packed = TokenIds(token_ids)
+        except ValueError as error:
+            raise EngineError(f"{self} answered with token ids that are none: {error}") from error
         return Generation(
-            tuple(token_ids),
-            tuple(map(float, logprobs)),
+            packed,
+            Logprobs(map(float, logprobs)),
             reason,
             weight_version=newest,
             oldest_weight_version=oldest if oldest != newest else None,

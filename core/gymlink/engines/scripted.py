@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gymlink.errors import ContextOverflowError, EngineDownError, EngineError
-from gymlink.types import FinishReason, Generation, Sampling, TokenIds
+from gymlink.types import FinishReason, Generation, Logprobs, Sampling, TokenIds
 
-Script = Callable[[TokenIds], Sequence[int]]
+Script = Callable[[Sequence[int]], Sequence[int]]
 """From the ids of a prompt to the ids that the policy "samples"; may raise `EngineError`."""
 
 
@@ -43,6 +43,8 @@ class ScriptedEngine:
     closed: bool = False
     loaded: list[tuple[str, int]] = field(default_factory=list)
     down: bool = False
+    keep_calls: bool = True
+    """Whether `calls` grows with use."""
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, stop_token_ids: Sequence[int], rollout_id: str
@@ -50,19 +52,21 @@ class ScriptedEngine:
         if self.closed:
             raise EngineError("The scripted engine is closed.")
         self._reach()
-        prompt = tuple(prompt_ids)
-        room = None if self.max_context is None else self.max_context - len(prompt)
+        room = None if self.max_context is None else self.max_context - len(prompt_ids)
         if room is not None and room < 1:
-            raise ContextOverflowError(len(prompt), self.max_context or 0)
-        self.calls.append(Call(prompt, sampling, rollout_id))
+            raise ContextOverflowError(len(prompt_ids), self.max_context or 0)
+        if self.keep_calls:
+            self.calls.append(Call(TokenIds(prompt_ids), sampling, rollout_id))
         version = self.weight_version
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
             self._reach()
-        token_ids, finish_reason = self._cut(tuple(self.script(prompt)), sampling.max_tokens, room, stop_token_ids)
+        token_ids, finish_reason = self._cut(
+            TokenIds(self.script(prompt_ids)), sampling.max_tokens, room, stop_token_ids
+        )
         return Generation(
             token_ids,
-            tuple(map(scripted_logprob, token_ids)),
+            Logprobs(map(scripted_logprob, token_ids)),
             finish_reason,
             self.weight_version,
             oldest_weight_version=version if version != self.weight_version else None,

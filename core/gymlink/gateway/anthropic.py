@@ -82,7 +82,7 @@ class MessagesRequest(Request):
 
     def body(self, answer: Answer) -> dict[str, Any]:
         """See `gymlink.gateway.call.Asked`."""
-        usage = {**_INPUT_ONLY, "input_tokens": len(answer.turn.prompt_ids)}
+        usage = {**_INPUT_ONLY, "input_tokens": answer.turn.prompt_tokens}
         return {
             **_head(answer),
             "content": _blocks(answer),
@@ -96,7 +96,7 @@ class MessagesRequest(Request):
         def event(kind: str, **data: Any) -> tuple[str, dict[str, Any]]:
             return kind, {"type": kind, **data}
 
-        usage = {**_INPUT_ONLY, "input_tokens": len(answer.turn.prompt_ids), "output_tokens": 0}
+        usage = {**_INPUT_ONLY, "input_tokens": answer.turn.prompt_tokens, "output_tokens": 0}
         begun = {**_head(answer), "content": [], "stop_reason": None, "usage": usage}
         yield event("message_start", message=begun)
         for index, block in enumerate(_blocks(answer)):

@@ -17,8 +17,21 @@ from gymlink.align import Parsed
 from gymlink.gateway.wire import invalid
 from gymlink.types import Message, TokenIds, Tool, Turn
 
-Thread = tuple[Message, ...]
-"""A conversation that a later call may go on with by naming its last answer."""
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """A conversation that a later call may go on with by naming its last answer. It holds what it adds."""
+
+    added: Sequence[Message]
+    extends: Thread | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """All of them, put together with each access."""
+        threads = [self]
+        while (before := threads[-1].extends) is not None:
+            threads.append(before)
+        return [message for thread in reversed(threads) for message in thread.added]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +44,7 @@ class Call:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     """What the chat template is called with, beside messages and tools."""
     token_limit: int | None = None
-    required_prefix: TokenIds = ()
+    required_prefix: TokenIds | None = None
     """Ids that the prompt must start with."""
     thread: Thread | None = None
     """The messages to remember the answer with; None where nobody will name it."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, StrictInt, StrictStr
 
 from gymlink.gateway.call import Answer, Call, Thread, shown_tools
 from gymlink.gateway.wire import ID_FIELDS, Request, invalid, objects, text_field
-from gymlink.types import Message, Tool, Turn
+from gymlink.types import Message, TokenIds, Tool, Turn
 
 
 class _TextFormat(BaseModel):
@@ -94,8 +94,14 @@ class ChatRequest(_Prompt):
         return self._call(
             self.tool_choice,
             token_limit=self.max_completion_tokens or self.max_tokens,
-            required_prefix=tuple(self.required_prefix_token_ids or ()),
+            required_prefix=self._required_prefix(),
         )
+
+    def _required_prefix(self) -> TokenIds | None:
+        try:
+            return TokenIds(self.required_prefix_token_ids) if self.required_prefix_token_ids else None
+        except ValueError as error:
+            raise invalid(f"required_prefix_token_ids: {error}", "required_prefix_token_ids") from error
 
     @property
     def _wants_ids(self) -> bool:
@@ -166,7 +172,7 @@ def _finish_reason(answer: Answer) -> str:
 
 
 def _usage(turn: Turn) -> dict[str, int]:
-    prompt, completion = len(turn.prompt_ids), len(turn.completion_ids)
+    prompt, completion = turn.prompt_tokens, len(turn.completion_ids)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

@@ -69,23 +69,24 @@ class ResponsesRequest(Request):
                 raise invalid(f"include {name!r} is not supported by this gateway; leave it out.", "include")
         text = isinstance(self.input, str)
         items = [{"role": "user", "content": self.input}] if text else objects(self.input, "input")
-        thread = (*self._continued(threads), *_messages(items))
+        thread = Thread(_messages(items), self._continued(threads))
         leading = ({"role": "system", "content": self.instructions},) if self.instructions else ()
-        if not thread:
+        messages = (*leading, *thread.messages)
+        if len(messages) == len(leading):
             raise invalid("input: at least one item is needed.", "input")
         effort = self.reasoning.effort if self.reasoning else None
         return Call(
-            messages=(*leading, *thread),
+            messages=messages,
             tools=shown_tools(_function_tools(objects(self.tools, "tools")), self.tool_choice),
             template_args={**({"reasoning_effort": effort} if effort else {}), **(self.chat_template_kwargs or {})},
             token_limit=self.max_output_tokens,
             thread=None if self.store is False else thread,
         )
 
-    def _continued(self, threads: Mapping[str, Thread]) -> Thread:
+    def _continued(self, threads: Mapping[str, Thread]) -> Thread | None:
         """The conversation up to the response that this request goes on from. Instructions do not carry over."""
         if self.previous_response_id is None:
-            return ()
+            return None
         thread = threads.get(self.previous_response_id.removeprefix(_ID))
         if thread is None:
             raise invalid(
@@ -99,7 +100,7 @@ class ResponsesRequest(Request):
     def body(self, answer: Answer) -> dict[str, Any]:
         """See `gymlink.gateway.call.Asked`."""
         turn = answer.turn
-        prompt, completion = len(turn.prompt_ids), len(turn.completion_ids)
+        prompt, completion = turn.prompt_tokens, len(turn.completion_ids)
         return self._response(
             answer,
             status=_status(answer),

@@ -12,9 +12,9 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from gymlink.align import RolloutRecord
-from gymlink.gateway.call import Thread
-from gymlink.types import Generation, Sampling
+from gymlink.align import PromptPlan, RolloutRecord
+from gymlink.gateway.call import Call, Thread
+from gymlink.types import Generation, Message, Sampling, Turn
 
 
 @dataclass
@@ -34,6 +34,8 @@ class OpenRollout:
     """Whether it is only the memory of a conversation that named no rollout."""
     threads: dict[str, Thread] = field(default_factory=dict)
     """Conversations that a call may go on with, by the key of their last answer."""
+    _threads: dict[int, Thread] = field(default_factory=dict)
+    """The same, by the index of the turn that answered."""
     _calls: set[asyncio.Task[Generation]] = field(default_factory=set)
 
     async def sample(self, generating: Coroutine[Any, Any, Generation]) -> Generation:
@@ -54,6 +56,17 @@ class OpenRollout:
             raise
         finally:
             self._calls.discard(call)
+
+    def remember(self, key: str, call: Call, plan: PromptPlan, turn: Turn, answer: Message) -> None:
+        """Let a later call go on from this answer, if the call was one of a conversation that may.
+
+        An agent that sends its whole history is remembered with what it adds to the turn that its prompt extends.
+        """
+        if (thread := call.thread) is None:
+            return
+        if thread.extends is None and plan.known and turn.parent in self._threads:
+            thread = Thread(call.messages[plan.known :], self._threads[turn.parent])
+        self.threads[key] = self._threads[turn.index] = Thread((answer,), thread)
 
     def close(self) -> None:
         """Cancel what is in flight."""

@@ -21,7 +21,7 @@ from gymlink.gateway.rollouts import OpenRollout, OpenRollouts, RolloutClosedErr
 from gymlink.gateway.strangers import Strangers
 from gymlink.gateway.unclaimed import Unclaimed
 from gymlink.gateway.wire import OVERFLOW, WireError, hung_up, invalid
-from gymlink.types import Generation, Sampling, TokenIds, Turn
+from gymlink.types import CallIds, Generation, Sampling, TokenIds, Turn
 
 POLICY = "policy"
 """The name under which the policy is listed, when no other is given."""
@@ -93,15 +93,16 @@ class PolicyService:
         """No request that names this rollout is answered any more; what it sampled is handed over."""
         return self.rollouts.close(rollout_id)
 
-    def claim(self, rollout: OpenRollout, prompt_ids: TokenIds, completion_ids: TokenIds) -> Turn | None:
+    def claim(self, rollout: OpenRollout, ids: CallIds) -> Turn | None:
         """The turn with these ids that a call without a rollout's id sampled; it is this rollout's from now on.
 
-        None when there is none: it was never sampled here, is claimed already, or is forgotten.
+        It holds no prompt: what it extends is the claimant's to tell. None when there is none: it was never sampled
+        here, is claimed already, or is forgotten.
         """
-        turn = self._unclaimed.claim(prompt_ids, completion_ids) if self._unclaimed is not None else None
+        turn = self._unclaimed.claim(ids) if self._unclaimed is not None else None
         if turn is not None:
-            self.totals.unattributed_tokens -= len(completion_ids)
-            rollout.sampled_tokens += len(completion_ids)
+            self.totals.unattributed_tokens -= len(turn.completion_ids)
+            rollout.sampled_tokens += len(turn.completion_ids)
         return turn
 
     @property
@@ -236,8 +237,8 @@ class PolicyService:
             self._strangers.grew(rollout, turn)
             if self._unclaimed is not None:
                 self._unclaimed.add(turn)
-        elif call.thread is not None:
-            rollout.threads[key] = (*call.thread, message)
+        else:
+            rollout.remember(key, call, plan, turn, message)
         return Answer.of(turn, parsed, message, key=key, model=self.model)
 
     def _count(self, generation: Generation, rollout: OpenRollout) -> None:
@@ -256,9 +257,9 @@ def _limited(sampling: Sampling, limit: int | None) -> Sampling:
     return dataclasses.replace(sampling, max_tokens=min(limits, default=None))
 
 
-def _check_prefix(prompt_ids: TokenIds, required: TokenIds) -> None:
+def _check_prefix(prompt_ids: TokenIds, required: TokenIds | None) -> None:
     """Whoever asks for a prefix builds on it: a prompt that does not start with it is refused, never sampled from."""
-    if prompt_ids[: len(required)] == required:
+    if required is None or prompt_ids.startswith(required):
         return
     pairs = enumerate(zip(required, prompt_ids, strict=False))
     where = next((at for at, (wanted, got) in pairs if wanted != got), min(len(required), len(prompt_ids)))

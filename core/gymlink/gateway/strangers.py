@@ -17,7 +17,7 @@ from gymlink.types import Message, Turn
 
 MAX_CONVERSATIONS: Final = 1024
 MAX_IDS: Final = 2**23
-"""Ids of prompts and completions that are held: about 64 MB, and as much again for what belongs to them."""
+"""Ids that are held: about 64 MB with their logprobs, and as much again for the messages."""
 
 
 class Strangers:
@@ -50,7 +50,7 @@ class Strangers:
         """A turn was added to the record of a conversation."""
         name = stranger.record.rollout_id
         if self._held.get(name) is stranger:
-            added = len(turn.prompt_ids) + len(turn.completion_ids)
+            added = len(turn.added_ids) + len(turn.completion_ids)
             self._sizes[name] += added
             self._total += added
             self._forget()

@@ -7,16 +7,14 @@ its final response: they find here what was really sampled. Nothing is believed 
 from __future__ import annotations
 
 import dataclasses
-from array import array
 from collections import OrderedDict, deque
-from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Final
 
-from gymlink.types import TokenIds, Turn
+from gymlink.types import CallIds, TokenIds, Turn
 
 MAX_TOKENS: Final = 2**21
-"""Sampled tokens that are remembered: about 150 MB. The oldest are forgotten first."""
+"""Sampled tokens that are remembered: about 25 MB. The oldest are forgotten first."""
 
 
 class Unclaimed:
@@ -29,17 +27,18 @@ class Unclaimed:
 
     def add(self, turn: Turn) -> None:
         """Remember a turn. Its prompt is not kept: whoever claims the turn has to know it."""
-        key = _key(turn.prompt_ids, turn.completion_ids)
-        self._turns.setdefault(key, deque()).append(dataclasses.replace(turn, prompt_ids=(), parent=None, cause=None))
+        key = _key(turn)
+        bare = dataclasses.replace(turn, added_ids=TokenIds(), extends=None, cause=None, index=0)
+        self._turns.setdefault(key, deque()).append(bare)
         self._turns.move_to_end(key)
         self._tokens += len(turn.completion_ids)
         while self._tokens > self._max_tokens:
             self._take(next(iter(self._turns)))
 
-    def claim(self, prompt_ids: TokenIds, completion_ids: TokenIds) -> Turn | None:
-        """The turn with these ids, which is forgotten with this. Its parent and cause are the claimant's to tell."""
-        key = _key(prompt_ids, completion_ids)
-        return dataclasses.replace(self._take(key), prompt_ids=prompt_ids) if key in self._turns else None
+    def claim(self, ids: CallIds) -> Turn | None:
+        """The turn with these ids, without its prompt. It is forgotten with this."""
+        key = _key(ids)
+        return self._take(key) if key in self._turns else None
 
     def _take(self, key: bytes) -> Turn:
         same = self._turns[key]
@@ -50,8 +49,10 @@ class Unclaimed:
         return turn
 
 
-def _key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
-    digest = blake2b(array("q", prompt_ids), digest_size=16)
-    digest.update(b"/")
-    digest.update(array("q", completion_ids))
+def _key(call: CallIds) -> bytes:
+    digest = blake2b(digest_size=16)
+    for one in call.branch:
+        digest.update(one.added_ids.tobytes())
+        digest.update(one.completion_ids.tobytes())
+    digest.update(call.prompt_tokens.to_bytes(8, "little"))
     return digest.digest()

@@ -14,6 +14,8 @@ import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import Response
 
+from gymlink.types import Packed
+
 ROLLOUT_FIELD = "gymlink_rollout"
 """Body field that names the rollout; Gym copies it there from a row's `metadata.extra_body`."""
 
@@ -136,9 +138,20 @@ def dumped(value: Any, where: str) -> str:
         raise invalid(f"{where} is nested too deeply.", where) from error
 
 
+def to_json(content: Any) -> bytes:
+    """`content` as JSON; packed ids and logprobs are lists there."""
+    return orjson.dumps(content, default=_listed, option=orjson.OPT_NON_STR_KEYS)
+
+
+def _listed(value: Any) -> list[float]:
+    if isinstance(value, Packed):
+        return value.tolist()
+    raise TypeError
+
+
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """`content` as JSON."""
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+    return Response(to_json(content), status, headers, media_type="application/json")
 
 
 def event_stream(events: Iterable[tuple[str | None, Any]]) -> Response:
@@ -148,7 +161,7 @@ def event_stream(events: Iterable[tuple[str | None, Any]]) -> Response:
     """
     body = b"".join(
         (b"event: %s\n" % name.encode() if name else b"")
-        + b"data: %s\n\n" % (data.encode() if isinstance(data, str) else orjson.dumps(data))
+        + b"data: %s\n\n" % (data.encode() if isinstance(data, str) else to_json(data))
         for name, data in events
     )
     return Response(body, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")

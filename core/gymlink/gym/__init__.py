@@ -3,7 +3,7 @@
 Gym never shares an interpreter with the trainer, and gymlink never imports it.
 """
 
-from gymlink.gym.captured import CallIds, capture_folder, captured_ids
+from gymlink.gym.captured import capture_folder, captured_ids
 from gymlink.gym.client import Addresses, GymClient
 from gymlink.gym.install import GymEnvironment, cache_folder, prepare_gym
 from gymlink.gym.interpreter import Interpreter, find_interpreter
@@ -12,7 +12,6 @@ from gymlink.gym.servers import GymServers, Server, attach_gym, start_gym
 
 __all__ = [
     "Addresses",
-    "CallIds",
     "GymClient",
     "GymEnvironment",
     "GymServers",

@@ -10,18 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
-from gymlink.types import TokenIds
-
-
-class CallIds(NamedTuple):
-    """The ids of one call of the policy as Gym tells them: evidence of what was sampled, not the truth."""
-
-    prompt: TokenIds
-    completion: TokenIds
+from gymlink.types import CallIds, TokenIds
 
 
 def capture_folder(config: Mapping[str, Any]) -> Path | None:
@@ -34,16 +27,20 @@ def capture_folder(config: Mapping[str, Any]) -> Path | None:
 
 
 def captured_ids(folder: Path, rollout_id: str) -> list[CallIds]:
-    """Of each call that was captured for a rollout, in their order; none when there is no file for it."""
+    """Of each call that was captured for a rollout, in their order; none when there is no file for it.
+
+    They are evidence of what was sampled, not the truth.
+    """
     try:
         lines = (folder / f"{rollout_id}.tokens.jsonl").read_bytes().splitlines()
     except FileNotFoundError:
         return []
     calls: dict[str, CallIds] = {}
     for entry in map(orjson.loads, filter(None, lines)):
-        prompt = tuple(entry["prompt_token_ids"])
-        if entry.get("prompt_is_delta"):  # only what follows the parent's prompt and completion is written
-            parent = calls[entry["parent_call_id"]]
-            prompt = parent.prompt + parent.completion + prompt
-        calls[entry["model_call_id"]] = CallIds(prompt, tuple(entry["generation_token_ids"]))
+        calls[entry["model_call_id"]] = CallIds(
+            TokenIds(entry["prompt_token_ids"]),
+            TokenIds(entry["generation_token_ids"]),
+            # Only what follows the parent's prompt and completion is written then.
+            extends=calls[entry["parent_call_id"]] if entry.get("prompt_is_delta") else None,
+        )
     return list(calls.values())

@@ -5,7 +5,7 @@ from gymlink.rollout.collect import Collector, OnRollout
 from gymlink.rollout.figures import Figures, check_conservation, describe_failures, refuse_if_too_many_failed
 from gymlink.rollout.metrics import batch_metrics
 from gymlink.rollout.neutral import NeutralRewards, neutral_rewards
-from gymlink.rollout.recorder import Recorder
+from gymlink.rollout.recorder import Recorder, recorded_segments, recorded_turns
 from gymlink.rollout.siblings import ALONE, Group, Siblings
 
 __all__ = [
@@ -22,5 +22,7 @@ __all__ = [
     "check_conservation",
     "describe_failures",
     "neutral_rewards",
+    "recorded_segments",
+    "recorded_turns",
     "refuse_if_too_many_failed",
 ]

@@ -7,7 +7,7 @@ known to the gateway, and each turn is given out once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,7 @@ from typing import Final
 from gymlink.gateway import OpenRollout, PolicyService
 from gymlink.gym import captured_ids
 from gymlink.rollout.response import Item, carried_ids
-from gymlink.types import ForkCause, TokenIds, Turn
+from gymlink.types import CallIds, ForkCause, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,31 +38,45 @@ class Claims:
 
     def take(self, rollout: OpenRollout, items: Sequence[Item]) -> Claimed:
         """Those that Gym tells of, in its final response or else in its capture. They are this rollout's from now."""
-        told = [*carried_ids(items)]
+        told = [*_linked(carried_ids(items))]
         if not told and self._captures is not None:
-            told = captured_ids(self._captures, rollout.record.rollout_id)
-        told = [*dict.fromkeys(told)]
-        claimed = [self._policy.claim(rollout, ids.prompt, ids.completion) for ids in told]
-        found = [turn for turn in claimed if turn is not None]
+            told = [*_linked(captured_ids(self._captures, rollout.record.rollout_id))]
+        claimed = [(ids, self._policy.claim(rollout, ids)) for ids in told]
+        found = [(ids, turn) for ids, turn in claimed if turn is not None]
         return Claimed(_chained(found), len(told) - len(found))
 
 
-def _chained(turns: Sequence[Turn]) -> list[Turn]:
-    """Turns of which only the ids are known, each with the longest one before it that its prompt starts with."""
-    chained: list[Turn] = []
-    held: list[TokenIds] = []
-    for turn in turns:
-        extended = [index for index, ids in enumerate(held) if turn.prompt_ids[: len(ids)] == ids]
-        parent = max(extended, key=lambda index: len(held[index]), default=None)
-        cause = _why_no_parent(turn, chained) if chained and parent is None else None
-        chained.append(replace(turn, parent=parent, cause=cause))
-        held.append(turn.prompt_ids + turn.completion_ids)
-    return chained
+def _linked(calls: Iterable[CallIds]) -> Iterator[CallIds]:
+    """Each call once, and with what it adds to the longest one before it that its prompt starts with."""
+    before: list[CallIds] = []
+    for call in calls:
+        if any(call.has_ids_of(one) for one in before):
+            continue
+        before.append(_link(call, before) if call.extends is None else call)
+        yield before[-1]
 
 
-def _why_no_parent(turn: Turn, before: Sequence[Turn]) -> ForkCause:
+def _link(call: CallIds, before: Sequence[CallIds]) -> CallIds:
+    for one in sorted(before, key=lambda one: one.tokens, reverse=True):
+        if one.tokens <= call.prompt_tokens and call.added_ids.startswith(one.ids):
+            return CallIds(call.added_ids[one.tokens :], call.completion_ids, extends=one)
+    return call
+
+
+def _chained(found: Sequence[tuple[CallIds, Turn]]) -> list[Turn]:
+    """The turns with the prompts that their ids tell."""
+    turns: dict[int, Turn] = {}
+    for ids, turn in found:
+        extends = turns.get(id(ids.extends))
+        added = ids.prompt_ids if extends is None else ids.added_ids
+        cause = _why_no_parent(ids, [*turns.values()]) if turns and extends is None else None
+        turns[id(ids)] = replace(turn, added_ids=added, extends=extends, cause=cause, index=len(turns))
+    return [*turns.values()]
+
+
+def _why_no_parent(call: CallIds, before: Sequence[CallIds]) -> ForkCause:
     """The likeliest cause: what the messages were is not known any more."""
-    if any(turn.prompt_ids == one.prompt_ids for one in before):
+    if any(one.prompt_tokens == call.prompt_tokens and one.prompt_ids == call.prompt_ids for one in before):
         return ForkCause.RESTARTED
-    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in before)
-    return ForkCause.COMPACTED if len(turn.prompt_ids) < longest else ForkCause.EDITED
+    longest = max(one.tokens for one in before)
+    return ForkCause.COMPACTED if call.prompt_tokens < longest else ForkCause.EDITED

@@ -144,7 +144,7 @@ def _final_turn(record: RolloutRecord, items: Sequence[Item]) -> int:
     turns = record.turns
     for carried in reversed([*carried_ids(items)]):
         for index in range(len(turns) - 1, -1, -1):
-            if (turns[index].prompt_ids, turns[index].completion_ids) == carried:
+            if turns[index].has_ids_of(carried):
                 return index
     said = (record.turn_of(answer) for answer in answers_from_the_end(items))
     return next((index for index in said if index is not None), len(turns) - 1)

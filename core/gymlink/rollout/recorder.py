@@ -1,4 +1,8 @@
-"""Writes rollouts to a JSONL file as they end, a line each, so that a run can be looked at while it goes on."""
+"""Writes rollouts to a JSONL file as they end, a line each, so that a run can be looked at while it goes on.
+
+A line's size is linear in the tokens of its rollout: turns are written with what they add, and segments name their
+turns. `recorded_turns` and `recorded_segments` put them together again.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import orjson
 
+from gymlink.align import segment_of
 from gymlink.gateway.wire import ID_FIELDS
 from gymlink.rollout.figures import Figures
 from gymlink.rollout.response import output_items
-from gymlink.types import Rollout
+from gymlink.types import ForkCause, Logprobs, Rollout, Segment, Turn
 
+_OPTIONS = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
 Detail = Literal["full", "text", "off"]
 Split = Literal["train", "val"]
 
@@ -22,8 +29,8 @@ Split = Literal["train", "val"]
 class Recorder:
     """Appends to `path`; the file is made with the first rollout.
 
-    `detail` "full" writes the training segments (ids, mask, logprobs) too, "text" only what a person reads, "off"
-    writes nothing.
+    `detail` "full" writes the turns (ids and logprobs, these in single precision) and which of them each segment trains
+    too, "text" only what a person reads, "off" writes nothing.
     """
 
     def __init__(self, path: Path, *, detail: Detail = "full") -> None:
@@ -41,7 +48,7 @@ class Recorder:
         if self._detail == "off":
             return b""
         line = self._line(rollout, batch, split, figures or Figures.of(rollout))
-        return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+        return orjson.dumps(line, option=_OPTIONS)
 
     def append(self, line: bytes) -> None:
         """Append a line that this or another process made."""
@@ -76,8 +83,46 @@ class Recorder:
             "output": _readable(rollout.response),
         }
         if self._detail == "full":
-            line["segments"] = rollout.segments
+            line["trajectory"] = [_written(turn) for turn in rollout.turns]
+            line["segments"] = [
+                {"turns": segment.turns, "trained_turns": segment.trained_turns} for segment in rollout.segments
+            ]
         return line
+
+
+def _written(turn: Turn) -> dict[str, Any]:
+    return {
+        "parent": turn.parent,
+        "cause": turn.cause,
+        "added_ids": np.array(turn.added_ids.tolist(), np.int32),
+        "completion_ids": np.array(turn.completion_ids.tolist(), np.int32),
+        "logprobs": np.array(turn.logprobs.tolist(), np.float32),  # in as few digits as tell it from its neighbours
+        "finish_reason": turn.finish_reason,
+        "weight_version": turn.weight_version,
+        "oldest_weight_version": turn.oldest_weight_version,
+    }
+
+
+def recorded_turns(line: Mapping[str, Any]) -> list[Turn]:
+    """The turns of a rollout, from its line of `rollouts.jsonl` (detail "full"); logprobs in single precision.
+
+    Raises:
+        KeyError: the line was written with another detail.
+    """
+    turns: list[Turn] = []
+    for index, told in enumerate(line["trajectory"]):
+        extends = None if told["parent"] is None else turns[told["parent"]]
+        values = {name: value for name, value in told.items() if name != "parent"}
+        cause = None if told["cause"] is None else ForkCause(told["cause"])
+        logprobs = Logprobs(np.array(told["logprobs"], np.float32).tolist())
+        turns.append(Turn(**{**values, "cause": cause, "logprobs": logprobs}, extends=extends, index=index))
+    return turns
+
+
+def recorded_segments(line: Mapping[str, Any]) -> list[Segment]:
+    """The segments of a rollout, as `recorded_turns`."""
+    turns = recorded_turns(line)
+    return [segment_of(turns, one["turns"][-1], trained=one["trained_turns"]) for one in line["segments"]]
 
 
 def _readable(response: Mapping[str, Any] | None) -> list[Any]:

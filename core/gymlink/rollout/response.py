@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gymlink.gym import CallIds
-from gymlink.types import Message, TokenIds
+from gymlink.types import CallIds, Message, TokenIds
 
 Item = Mapping[str, Any]
 
@@ -85,4 +84,7 @@ def _call(item: Item) -> Mapping[str, Any]:
 def _ids(value: Any) -> TokenIds | None:
     if not isinstance(value, list) or not all(type(one) is int for one in value):
         return None
-    return tuple(value)
+    try:
+        return TokenIds(value)
+    except ValueError:
+        return None

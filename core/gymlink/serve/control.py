@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
 
 import orjson
 from starlette.requests import Request
@@ -25,6 +24,7 @@ from gymlink.errors import AlignmentError, ConfigError, EngineError, GymError, R
 from gymlink.gateway import (
     WireError,
     guarded,
+    json_response,
     new_rollout_id,
     parse_body,
     read_body,
@@ -103,7 +103,9 @@ class Control:
         loop = asyncio.get_running_loop()
         self._deadlines[rollout_id] = loop.call_later(deadline, self._forget, rollout_id, deadline)
         base = f"{self._session.url}/rollout/{rollout_id}"
-        return _answer(OpenedRollout(rollout_id, f"{base}/v1", base, rollout_key(self._session.secret, rollout_id)))
+        return json_response(
+            OpenedRollout(rollout_id, f"{base}/v1", base, rollout_key(self._session.secret, rollout_id))
+        )
 
     def _forget(self, rollout_id: str, deadline: float) -> None:
         logger.warning("rollout %s was not closed within %g s, and is forgotten", rollout_id, deadline)
@@ -126,7 +128,7 @@ class Control:
         self._deadlines.pop(rollout_id).cancel()
         self._service.close(rollout_id)
         self._metrics.count(rollout.record.turns)
-        return _answer(
+        return json_response(
             ClosedRollout(
                 rollout_id=rollout_id,
                 segments=segments,
@@ -165,7 +167,7 @@ class Control:
         for rollout in batch.rollouts:
             self._metrics.count(rollout.turns)
         rollouts = [CollectedRollout.of(rollout, rollout.request.index // asked.samples) for rollout in batch.rollouts]
-        return _answer(Collected(rollouts, batch.metrics))
+        return json_response(Collected(rollouts, batch.metrics))
 
     async def pause(self, request: Request) -> Response:
         """Let no further generation begin; the answer says how many are still in flight."""
@@ -220,7 +222,7 @@ class Control:
 
     def _status(self) -> Response:
         service, totals = self._service, self._service.totals
-        return _answer(
+        return json_response(
             Status(
                 model=service.model,
                 weight_version=service.engine.weight_version,
@@ -249,7 +251,3 @@ def _requests(asked: CollectRequest, agents: Sequence[str]) -> list[RolloutReque
         for number, row in enumerate(rows)
         for sample in range(asked.samples)
     ]
-
-
-def _answer(value: Any) -> Response:
-    return Response(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS), media_type="application/json")

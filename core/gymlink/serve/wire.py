@@ -112,7 +112,7 @@ class TurnFigures:
     @classmethod
     def of(cls, turn: Turn) -> TurnFigures:
         return cls(
-            prompt_tokens=len(turn.prompt_ids),
+            prompt_tokens=turn.prompt_tokens,
             completion_tokens=len(turn.completion_ids),
             finish_reason=turn.finish_reason,
             weight_version=turn.weight_version,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from gymlink.errors import ContextOverflowError, EngineError
-from gymlink.types import FinishReason, Generation, Sampling
+from gymlink.types import FinishReason, Generation, Logprobs, Sampling, TokenIds
 
 
 class LlmEngine(Protocol):
@@ -79,11 +79,11 @@ def _params(sampling: Sampling, limit: int, stop_token_ids: Sequence[int]) -> An
 
 
 def _generation(output: Any) -> Generation:
-    token_ids = tuple(map(int, output.token_ids))
+    token_ids = TokenIds(map(int, output.token_ids))
     if output.logprobs is None or len(output.logprobs) != len(token_ids):
         told = "none" if output.logprobs is None else len(output.logprobs)
         raise EngineError(f"vLLM returned {len(token_ids)} token ids with {told} logprobs.")
-    logprobs = tuple(float(by_id[token].logprob) for token, by_id in zip(token_ids, output.logprobs, strict=True))
+    logprobs = Logprobs(float(by_id[token].logprob) for token, by_id in zip(token_ids, output.logprobs, strict=True))
     return Generation(token_ids, logprobs, _finish_reason(output.finish_reason))
 
 

@@ -22,7 +22,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from gymlink.errors import ContextOverflowError, EngineError, PluginError
-from gymlink.types import FinishReason, Generation, Sampling
+from gymlink.types import FinishReason, Generation, Logprobs, Sampling, TokenIds
 
 CACHE_TOKENS_ON_CPU = 65_536
 """Tokens of KV cache without a GPU, where transformers would take 60 % of the machine's memory."""
@@ -219,11 +219,11 @@ class _Period:
         return self._generation(output, stops)
 
     def _generation(self, output: Any, stops: Sequence[int]) -> Generation:
-        ids = tuple(int(token) for token in output.generated_tokens)
+        ids = TokenIds(int(token) for token in output.generated_tokens)
         reason: FinishReason = "stop" if ids and ids[-1] in stops else "length"
         return Generation(
             token_ids=ids,
-            logprobs=tuple(float(logprob) for logprob in output.logprobs),
+            logprobs=Logprobs(float(logprob) for logprob in output.logprobs),
             finish_reason=reason,
             weight_version=self._weight_version,
         )

@@ -15,7 +15,7 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
 from gymlink.rollout import Figures
-from gymlink.types import Rollout, RolloutStatus, Segment, Turn
+from gymlink.types import Logprobs, Mask, Rollout, RolloutStatus, Segment, TokenIds, Turn
 
 OVER_LENGTH = "over_length"
 """The reason under which sampled tokens beyond verl's `data.max_response_length` are counted."""
@@ -51,8 +51,9 @@ def outputs_of(rollout: Rollout, shape: Shape) -> tuple[list[AgentLoopOutput], F
 
 def masked_output(rollout: Rollout, shape: Shape, reward: float) -> AgentLoopOutput:
     """A row for a failed rollout that trains nothing: one masked token after the first prompt."""
-    prompt = rollout.turns[0].prompt_ids if rollout.turns else (shape.end,)
-    row = _row(Segment(prompt, (shape.end,), (0,), (0.0,)), shape)
+    end = TokenIds((shape.end,))
+    prompt = rollout.turns[0].prompt_ids if rollout.turns else end
+    row = _row(Segment(prompt, end, Mask((0,)), Logprobs((0.0,))), shape)
     output = _output(rollout, None, row)
     output.reward_score = reward
     return output
@@ -68,9 +69,10 @@ def _row(segment: Segment, shape: Shape) -> Row:
     if shape.padded and len(prompt) > shape.prompt_length:
         # The sequence stays what it is: what the prompt has too much stands, masked, before the response.
         prompt, rest = prompt[: shape.prompt_length], prompt[shape.prompt_length :]
-        ids, mask, logprobs = rest + ids, (0,) * len(rest) + mask, (0.0,) * len(rest) + logprobs
+        ids = rest + ids
+        mask, logprobs = Mask.filled(0, len(rest)) + mask, Logprobs.filled(0.0, len(rest)) + logprobs
     if not ids:
-        ids, mask, logprobs = (shape.end,), (0,), (0.0,)
+        ids, mask, logprobs = TokenIds((shape.end,)), Mask((0,)), Logprobs((0.0,))
     end = _end_of_training(mask[: shape.response_length])
     return list(prompt), list(ids[:end]), list(mask[:end]), list(logprobs[:end])
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from gymlink.errors import ContextOverflowError, EngineError
-from gymlink.types import FinishReason, Generation, Sampling, TokenIds
+from gymlink.types import FinishReason, Generation, Logprobs, Sampling, TokenIds
 
 ABORTED = frozenset({"abort", "aborted"})
 OFF = -1
@@ -75,8 +75,8 @@ class ServerEngine:
         return self._generation(output, limit, stop_token_ids)
 
     def _generation(self, output: Any, limit: int, stop_token_ids: Sequence[int]) -> Generation:
-        token_ids = tuple(map(int, output.token_ids))
-        logprobs = tuple(map(float, output.log_probs or ()))
+        token_ids = TokenIds(map(int, output.token_ids))
+        logprobs = Logprobs(map(float, output.log_probs or ()))
         if len(logprobs) != len(token_ids):
             raise EngineError(
                 f"verl's rollout server returned {len(token_ids)} token ids with {len(logprobs)} logprobs: set "

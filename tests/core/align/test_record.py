@@ -11,6 +11,7 @@ import pytest
 
 from chats import Agent, chat_of, held_by
 from gymlink.align import build_segments, canonical
+from gymlink.align import history as history_module
 from gymlink.align import record as record_module
 from gymlink.align.template import PROBE_TOOL, probe_call
 from gymlink.types import ForkCause, Generation
@@ -317,7 +318,8 @@ def test_a_message_that_changed_since_the_last_call_is_read_anew(qwen: Agent, ch
 
 def test_what_was_read_is_not_read_again(qwen: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Any] = []
-    monkeypatch.setattr(record_module, "canonical", lambda message: read.append(message) or canonical(message))
+    for module in (record_module, history_module):
+        monkeypatch.setattr(module, "canonical", lambda message: read.append(message) or canonical(message))
     history: list[Any] = [U1]
     for turn in range(30):
         answer = qwen.say(history, f"answer {turn}")

@@ -20,9 +20,11 @@ def trees(draw: st.DrawFn) -> list[Turn]:
     for index in range(draw(st.integers(1, 8))):
         parent = draw(st.one_of(st.none(), st.integers(0, index - 1))) if index else None
         added = draw(ids)
-        prompt = (1, *added) if parent is None else (*turns[parent].prompt_ids, *turns[parent].completion_ids, *added)
+        prompt = (1, *added) if parent is None else added
+        extends = None if parent is None else turns[parent]
         completion = draw(ids)
-        turns.append(Turn(prompt, completion, tuple(-float(index) for _ in completion), "stop", parent=parent))
+        logprobs = tuple(-float(index) for _ in completion)
+        turns.append(Turn(prompt, completion, logprobs, "stop", extends=extends, index=index))
     return turns
 
 
@@ -61,7 +63,7 @@ def test_trained_tokens_are_the_sampled_ones_with_their_logprobs(turns: list[Tur
 
 def test_one_chain_is_one_segment() -> None:
     first = Turn((1, 2), (3, 4), (-0.1, -0.2), "stop")
-    second = Turn((1, 2, 3, 4, 5), (6,), (-0.3,), "stop", parent=0)
+    second = Turn((5,), (6,), (-0.3,), "stop", extends=first, index=1)
     for policy in POLICIES:
         (segment,), dropped = build_segments([first, second], on_history_rewrite=policy)
         assert segment.prompt_ids == (1, 2)
@@ -73,8 +75,8 @@ def test_one_chain_is_one_segment() -> None:
 
 def test_a_shared_prefix_is_trained_on_the_final_branch_only() -> None:
     root = Turn((1,), (2, 3), (-0.1, -0.1), "stop")
-    left = Turn((1, 2, 3, 9), (4,), (-0.2,), "stop", parent=0)
-    right = Turn((1, 2, 3, 8), (5, 6), (-0.3, -0.3), "stop", parent=0)
+    left = Turn((9,), (4,), (-0.2,), "stop", extends=root, index=1)
+    right = Turn((8,), (5, 6), (-0.3, -0.3), "stop", extends=root, index=2)
     (branch, final), _ = build_segments([root, left, right], on_history_rewrite="fork")
     assert branch.response_mask == (0, 0, 0, 1)
     assert branch.response_logprobs == (-0.1, -0.1, 0.0, -0.2)
@@ -85,12 +87,13 @@ def test_a_shared_prefix_is_trained_on_the_final_branch_only() -> None:
     assert (masked.trained_tokens, dropped) == (0, {"history_rewritten": 5})
 
 
-def test_a_false_parent_is_an_error() -> None:
-    turns = [Turn((1,), (2,), (-0.1,), "stop"), Turn((1, 7, 3), (4,), (-0.1,), "stop", parent=0)]
-    with pytest.raises(AlignmentError, match="does not start with"):
-        build_segments(turns, on_history_rewrite="fork")
-    with pytest.raises(AlignmentError, match="does not precede"):
-        build_segments([Turn((1,), (2,), (-0.1,), "stop", parent=0)] * 2, on_history_rewrite="fork")
+def test_turns_that_are_not_those_of_one_rollout_are_an_error() -> None:
+    first = Turn((1,), (2,), (-0.1,), "stop")
+    turns = [first, Turn((3,), (4,), (-0.1,), "stop", extends=first, index=1)]
+    stranger = Turn((9,), (2,), (-0.1,), "stop", extends=Turn((1,), (), (), "stop"), index=1)
+    for wrong in ([first, stranger], turns[1:], [first, first], [*turns[::-1]]):
+        with pytest.raises(AlignmentError, match="not those of one rollout"):
+            build_segments(wrong, on_history_rewrite="fork")
     with pytest.raises(AlignmentError, match="number 5"):
         build_segments(turns, on_history_rewrite="fork", last_turn=5)
 

@@ -1,9 +1,10 @@
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from gymlink.align import Parsed, ToolCall
-from gymlink.gateway.call import Answer, assistant_message
+from gymlink.gateway.call import Answer, Thread, assistant_message
 from gymlink.gateway.responses import ResponsesRequest
 from gymlink.gateway.wire import WireError
 from gymlink.types import Turn
@@ -173,3 +174,32 @@ async def test_a_response_that_is_not_remembered_is_named(gateway, where: str) -
     status, body = await client.post(path, {"input": "more", "previous_response_id": first["id"]})
     assert (status, body["error"]["param"]) == (400, "previous_response_id")
     assert first["id"] in body["error"]["message"]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["previous_response_id", "whole input"])
+async def test_a_remembered_conversation_is_held_once(gateway, named: bool) -> None:
+    client = await gateway()
+    rollout = client.service.open("0.a")
+    items: list[Any] = []
+    previous: dict[str, str] = {}
+    for turn in range(10):
+        new = {"role": "user", "content": f"question {turn}"}
+        asked = {"input": [new], **previous} if named else {"input": [*items, new]}
+        status, answer = await client.post("/rollout/0.a/v1/responses", {**asked, "instructions": "rules"})
+        assert status == 200
+        items += [new, *answer["output"]]
+        previous = {"previous_response_id": answer["id"]}
+    assert [turn.parent for turn in rollout.record.turns] == [None, *range(9)]
+    held = {id(thread): thread for last in rollout.threads.values() for thread in lineage(last)}
+    assert sum(len(thread.added) for thread in held.values()) == 20
+    [*_, last] = rollout.threads.values()
+    assert [message["role"] for message in last.messages] == ["user", "assistant"] * 10
+    status, _ = await client.post("/rollout/0.a/v1/responses", {"input": "more", **previous, "instructions": "rules"})
+    assert status == 200
+    assert rollout.record.turns[-1].parent == 9
+
+
+def lineage(thread: Thread | None) -> Iterator[Thread]:
+    while thread is not None:
+        yield thread
+        thread = thread.extends

@@ -6,7 +6,8 @@ from typing import Any
 import orjson
 import pytest
 
-from gymlink.gym import CallIds, capture_folder, captured_ids
+from gymlink.gym import capture_folder, captured_ids
+from gymlink.types import CallIds
 
 
 def entry(call: str, prompt: list[int], completion: list[int], parent: str | None = None) -> bytes:
@@ -17,12 +18,14 @@ def entry(call: str, prompt: list[int], completion: list[int], parent: str | Non
 def test_each_call_is_told_whole(tmp_path: Path) -> None:
     lines = [entry("a", [1, 2], [3]), entry("b", [4], [5, 6], "a"), b"", entry("c", [7], [], "b"), entry("d", [9], [8])]
     (tmp_path / "0.x.tokens.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    assert captured_ids(tmp_path, "0.x") == [
-        CallIds((1, 2), (3,)),
-        CallIds((1, 2, 3, 4), (5, 6)),
-        CallIds((1, 2, 3, 4, 5, 6, 7), ()),
-        CallIds((9,), (8,)),
+    calls = captured_ids(tmp_path, "0.x")
+    assert [(call.prompt_ids, call.completion_ids) for call in calls] == [
+        ((1, 2), (3,)),
+        ((1, 2, 3, 4), (5, 6)),
+        ((1, 2, 3, 4, 5, 6, 7), ()),
+        ((9,), (8,)),
     ]
+    assert calls[2] == CallIds((7,), (), extends=calls[1]), "a call holds what it adds"
 
 
 def test_a_rollout_that_was_not_captured(tmp_path: Path) -> None:

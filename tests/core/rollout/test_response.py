@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from gymlink.gym import CallIds
 from gymlink.rollout.response import answers_from_the_end, carried_ids, output_items
+from gymlink.types import CallIds
 
 
 def said(text: Any, **more: Any) -> dict[str, Any]:

@@ -191,8 +191,7 @@ def test_weights_wait_for_what_is_in_flight(serve: Callable[..., GatewayClient],
         assert "1 generations were still in flight" in answer.json()["error"]["message"]
         assert not gateway.status().paused
         assert gateway.load_weights(str(tmp_path)) == 1
-        assert call.done()
-        call.result()
+        call.result(10)
     assert [turn.weight_version for turn in gateway.close_rollout(opened.rollout_id).turns] == [0]
 
 

@@ -131,16 +131,17 @@ class KeypadSession:
             said = await self.engine.generate(
                 prompt, bounded, stop_token_ids=[self.tokenizer.eos_token_id], rollout_id=f"{request.index}-{index}"
             )
-            parent = index - 1 if index and not cause else None
+            extends = turns[-1] if index and not cause else None
             turns.append(
                 Turn(
-                    tuple(prompt),
+                    prompt[extends.tokens if extends else 0 :],
                     said.token_ids,
                     said.logprobs,
                     said.finish_reason,
                     said.weight_version,
-                    parent=parent,
+                    extends=extends,
                     cause=cause,
+                    index=index,
                 )
             )
             more = self.tokenizer("\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n")["input_ids"]

@@ -215,7 +215,7 @@ def test_two_processes_collect_a_slice_each(run_file: Callable[..., Path], tmp_p
     ]
     assert [len(rollouts) for rollouts in written] == [16, 16]  # 2 steps of 4 and 8 to evaluate, in each process
     assert all(one["status"] != "failed" and one["turns"] == 2 for rollouts in written for one in rollouts)
-    sampled = {json.dumps(one["segments"]) for rollouts in written for one in rollouts}
+    sampled = {json.dumps(one["trajectory"]) for rollouts in written for one in rollouts}
     assert len(sampled) == 32  # the processes sample from streams of their own
     history = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     names = ("rollout/max_logprob_error", "eval_rollout/max_logprob_error")

@@ -16,8 +16,9 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from gymlink.align import build_segments
 from gymlink.errors import RolloutError
-from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Segment, Turn
+from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Segment
 from gymlink_verl.convert import OVER_LENGTH, Shape, masked_output, outputs_of
+from whole_turns import WholeTurn, linked
 
 END = 99
 ROOMY = Shape(prompt_length=100, response_length=100, end=END)
@@ -26,7 +27,8 @@ ROW = {"responses_create_params": {"input": "go"}, "agent_ref": {"name": "agent"
 ids = st.lists(st.integers(0, 50), max_size=4).map(tuple)
 
 
-def rollout_of(turns: Sequence[Turn], *, history: Any = "fork", last: int | None = None, **more: Any) -> Rollout:
+def rollout_of(told: Sequence[WholeTurn], *, history: Any = "fork", last: int | None = None, **more: Any) -> Rollout:
+    turns = linked(told)
     segments, dropped = build_segments(turns, on_history_rewrite=history, last_turn=last)
     return Rollout(
         RolloutRequest(ROW, 0, "g"),
@@ -34,25 +36,25 @@ def rollout_of(turns: Sequence[Turn], *, history: Any = "fork", last: int | None
         more.pop("status", RolloutStatus.COMPLETED),
         more.pop("reward", 0.5),
         segments=segments,
-        turns=tuple(turns),
+        turns=turns,
         sampled_tokens=sum(len(turn.completion_ids) for turn in turns),
         dropped=dropped,
         **more,
     )
 
 
-def turn(prompt: Sequence[int], said: Sequence[int], **more: Any) -> Turn:
-    return Turn(tuple(prompt), tuple(said), tuple(-0.25 for _ in said), "stop", **more)
+def turn(prompt: Sequence[int], said: Sequence[int], parent: int | None = None, **more: Any) -> WholeTurn:
+    return WholeTurn(tuple(prompt), tuple(said), tuple(-0.25 for _ in said), parent, more)
 
 
 @st.composite
 def rollouts(draw: st.DrawFn) -> Rollout:
     """Any tree of turns, under any way to treat a rewritten history, ending in any of its turns."""
-    turns: list[Turn] = []
+    turns: list[WholeTurn] = []
     for index in range(draw(st.integers(1, 7))):
         parent = draw(st.one_of(st.none(), st.integers(0, index - 1))) if index else None
         added = draw(ids)
-        prompt = (1, *added) if parent is None else (*turns[parent].prompt_ids, *turns[parent].completion_ids, *added)
+        prompt = (1, *added) if parent is None else (*turns[parent].prompt, *turns[parent].said, *added)
         turns.append(turn(prompt, draw(ids), parent=parent, weight_version=draw(st.integers(0, 3))))
     last = draw(st.integers(0, len(turns) - 1))
     return rollout_of(turns, history=draw(st.sampled_from(["fork", "last", "mask"])), last=last)
@@ -179,7 +181,7 @@ def test_a_masked_row_for_a_failed_rollout() -> None:
         "0.r",
         RolloutStatus.FAILED,
         None,
-        turns=(turn([1, 2], [3], weight_version=4),),
+        turns=linked([turn([1, 2], [3], weight_version=4)]),
         failure="http",
         sampled_tokens=1,
         dropped={"failed": 1},

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from gym_rows import MIXED, Row, flaky, forgetful
+from gymlink.rollout import recorded_segments
 from openrlhf_runs import GENERATIONS, PROMPTS, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.gym]
@@ -109,12 +110,12 @@ class Trained:
 
     def key(self, rollout: dict[str, Any]) -> Key:
         """What must reach the loss of a rollout: its segment, up to the last token to train."""
-        [segment] = rollout["segments"]
-        mask = segment["response_mask"]
+        [segment] = recorded_segments(rollout)
+        mask = segment.response_mask
         length = max(at + 1 for at, trained in enumerate(mask) if trained)
-        before = len(segment["prompt_ids"])
-        ids = (*segment["prompt_ids"], *segment["response_ids"][:length])
-        logprobs = (*[0.0] * before, *segment["response_logprobs"][:length]) if self.mode.corrected else None
+        before = len(segment.prompt_ids)
+        ids = (*segment.prompt_ids, *segment.response_ids[:length])
+        logprobs = (*[0.0] * before, *segment.response_logprobs[:length]) if self.mode.corrected else None
         return ids, (*[0] * before, *mask[:length]), logprobs and tuple(map(single, logprobs))
 
     def rollout_of(self) -> dict[Key, dict[str, Any]]:
@@ -169,8 +170,8 @@ def test_what_is_filtered_out_is_counted_and_not_trained(trained: Trained) -> No
     assert {rollout["tokens_trained"] for rollout in trained.filtered} == {0}
     in_loss = {row.ids for row in trained.run.rows}
     for rollout in trained.filtered:
-        for segment in rollout["segments"]:
-            assert (*segment["prompt_ids"], *segment["response_ids"]) not in in_loss
+        for segment in recorded_segments(rollout):
+            assert (*segment.prompt_ids, *segment.response_ids) not in in_loss
 
 
 def test_of_a_rewritten_history_the_final_branch_is_trained(trained: Trained) -> None:

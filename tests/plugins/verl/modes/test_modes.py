@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from gym_rows import MIXED
+from gymlink.rollout import recorded_segments
 from verl_runs import GENERATIONS, STEPS, Key, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.gym]
@@ -74,11 +75,11 @@ class Trained:
 def keys_of(rollout: dict[str, Any], response_length: int) -> list[Key]:
     """What must reach the loss of a rollout: its segments, cut to verl's length, up to the last trained token."""
     keys = []
-    for segment in rollout["segments"]:
-        mask = segment["response_mask"][:response_length]
+    for segment in recorded_segments(rollout):
+        mask = segment.response_mask[:response_length]
         length = max((at + 1 for at, trained in enumerate(mask) if trained), default=0)
-        response = (segment[f"response_{name}"][:length] for name in ("ids", "mask", "logprobs"))
-        keys.append((tuple(segment["prompt_ids"]), *map(tuple, response)))
+        response = (segment.response_ids, segment.response_mask, segment.response_logprobs)
+        keys.append((tuple(segment.prompt_ids), *(tuple(one[:length]) for one in response)))
     return keys
 
 

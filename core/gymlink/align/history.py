@@ -1,0 +1,109 @@
+"""The messages of a call, read once: two histories with one beginning have equal keys for it.
+
+Most calls only add messages to the history of an earlier call. What was worked out for that one is taken over as far as
+the messages are the same, so a call costs what it adds. Conversations may take turns in one rollout; each goes on from
+its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final, NamedTuple
+
+from gymlink.align.canonical import READ_FIELDS, Canonical, canonical, text_of, tools_digest
+from gymlink.types import Message, Tool
+
+ROOT: Final = b""
+"""The key of a history without messages."""
+MAX_CONVERSATIONS: Final = 64
+"""Histories that are remembered: more than there are conversations at a time in one rollout."""
+
+
+class Form(NamedTuple):
+    """What is kept of a message's canonical form, once its digest is in the chain."""
+
+    role: str
+    reasoning: str | None
+    is_silent: bool
+
+
+@dataclass(slots=True)
+class History:
+    """The messages of one call. It holds on to no ids of theirs."""
+
+    read: tuple[tuple[Any, ...], ...]
+    """Of each message, all that its canonical form depends on."""
+    forms: tuple[Form, ...]
+    chain: tuple[bytes, ...]
+    """`chain[n]` stands for the first n messages; silent assistant messages leave it unchanged."""
+    tools: bytes = b""
+    prefilled: str | None = None
+    """The text of a last message that is to be continued."""
+    checked: int = 0
+    """Messages at the beginning whose reasoning is known to be what was sampled, or none."""
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+    @property
+    def key(self) -> bytes:
+        return self.chain[-1]
+
+
+class Histories:
+    """Reads the histories of one rollout's calls."""
+
+    def __init__(self) -> None:
+        self._latest: list[History] = []  # the latest of each conversation; the one that was used last is last
+
+    def read(self, messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any]) -> History:
+        """The history of these messages."""
+        read = tuple([tuple(map(message.get, READ_FIELDS)) for message in messages])
+        known, same = self._nearest(read)
+        forms, chain = [*known.forms[:same]], [*known.chain[: same + 1]]
+        for message in messages[same:]:
+            form = canonical(message)
+            forms.append(Form(form.role, form.reasoning, form.is_silent))
+            chain.append(link(chain[-1], form))
+        resumed = template_args.get("continue_final_message") and forms and forms[-1].role == "assistant"
+        history = History(
+            read=known.read[:same] + read[same:],  # the texts that are held already, not the equal ones of this call
+            forms=tuple(forms),
+            chain=tuple(chain),
+            tools=tools_digest(tools, template_args),
+            prefilled=text_of(messages[-1].get("content")) if resumed else None,
+            checked=min(known.checked, same),
+        )
+        self._remember(history, known if same == len(known) else None)
+        return history
+
+    def _nearest(self, read: tuple[tuple[Any, ...], ...]) -> tuple[History, int]:
+        """The remembered history that begins like this one for longest, and for how many messages."""
+        nearest, most = History((), (), (ROOT,)), 0
+        for history in reversed(self._latest):
+            if most and history.read[:most] != read[:most]:
+                continue
+            same = _common_length(history.read, read)
+            if same > most:
+                nearest, most = history, same
+        return nearest, most
+
+    def _remember(self, history: History, goes_on_from: History | None) -> None:
+        latest = [one for one in self._latest if one is not goes_on_from]
+        self._latest = [*latest[1 - MAX_CONVERSATIONS :], history]
+
+
+def link(key: bytes, form: Canonical) -> bytes:
+    """The key of the history with this key and one more message."""
+    return key if form.is_silent else blake2b(key + form.digest, digest_size=16).digest()
+
+
+def _common_length(one: tuple[Any, ...], other: tuple[Any, ...]) -> int:
+    """How many items at the beginning are equal."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:  # most calls only add messages
+        return shorter
+    return bisect_left(range(1, shorter + 1), True, key=lambda length: one[:length] != other[:length])
