@@ -3,7 +3,7 @@
 from gymlink.align.base import ChatFormat, FormatReport, Parsed, Tokenizer, ToolCall
 from gymlink.align.canonical import Canonical, canonical, split_reasoning
 from gymlink.align.format import load_format
-from gymlink.align.record import PromptPlan, RolloutRecord
+from gymlink.align.record import PendingPlan, PromptPlan, RolloutRecord
 from gymlink.align.segments import HISTORY_REWRITTEN, OTHER_BRANCH, build_segments, segment_of
 from gymlink.align.suffix import TemplateFormat
 
@@ -14,6 +14,7 @@ __all__ = [
     "ChatFormat",
     "FormatReport",
     "Parsed",
+    "PendingPlan",
     "PromptPlan",
     "RolloutRecord",
     "TemplateFormat",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Final, Literal
 
 from gymlink.align.base import NO_ARGS, ChatFormat
@@ -46,6 +47,19 @@ class _Call:
     tools: Sequence[Tool]
     args: Mapping[str, Any]
     history: History
+
+
+@dataclass(frozen=True, slots=True)
+class PendingPlan:
+    """A prompt that is not written yet: what it is to go on from, and how much text there is to write."""
+
+    characters: int
+    call: _Call = field(repr=False)
+    anchor: tuple[int, int] | None
+    """A turn, and the messages up to and with what it answered; None where the messages match none."""
+    cause: ForkCause | None
+    """Why it is rendered afresh."""
+    is_extension: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,44 +110,78 @@ class RolloutRecord:
         template_args: Mapping[str, Any] = NO_ARGS,
         required_prefix: Sequence[int] | None = None,
     ) -> PromptPlan:
-        """The prompt for `messages`. What they hold is kept: give new ones to a later call, never these changed.
+        """The prompt for `messages`: `begin`, and `write` until it is written.
+
+        Raises:
+            AlignmentError: the chat template refuses these messages.
+        """
+        plan: PromptPlan | PendingPlan
+        plan = self.begin(messages, tools, template_args=template_args, required_prefix=required_prefix)
+        while isinstance(plan, PendingPlan):
+            plan = self.write(plan)
+        return plan
+
+    def begin(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        *,
+        template_args: Mapping[str, Any] = NO_ARGS,
+        required_prefix: Sequence[int] | None = None,
+    ) -> PendingPlan:
+        """What the prompt for `messages` goes on from. They are kept: give new ones to a later call, not these changed.
 
         `required_prefix` are ids that the caller wants the prompt to start with. Where they are what one turn held
         and these messages continue it, that turn is the one to continue, however its own message is worded now.
         Nothing else changes for them: whether the prompt starts with them is for the caller to see.
-
-        Raises:
-            AlignmentError: the chat template refuses these messages.
         """
         history = self._histories.read(messages, tools, template_args)
         call = _Call(messages, tools, template_args, history)
         anchor = self._required(history, required_prefix) or self._anchor(call)
         if anchor is None:
-            return self._fresh(call, self._why_no_anchor(call))
+            return _fresh(call, self._why_no_anchor(call))
         index, length = anchor
         if self._sampled[index].tools != history.tools:
-            return self._fresh(call, ForkCause.TOOLS_CHANGED, index)
+            return _fresh(call, ForkCause.TOOLS_CHANGED, anchor)
         if self._reasoning_edited(history, length):
-            return self._fresh(call, ForkCause.EDITED, index)
+            return _fresh(call, ForkCause.EDITED, anchor)
         if self._drop_reasoning and self._leaves_reasoning(index, messages[length:]):
-            fresh = self._fresh(call, ForkCause.REASONING_STRIPPED, index)
-            if fresh.parent is not None or self._strips_reasoning(call, index, fresh.prompt_ids):
-                return fresh
+            return _fresh(call, ForkCause.REASONING_STRIPPED, anchor)
+        return _extension(call, anchor)
 
+    def write(self, pending: PendingPlan) -> PromptPlan | PendingPlan:
+        """One step towards the prompt: it is written, or another way to write it has to be tried.
+
+        It renders and encodes `pending.characters` of text, and only reads what is remembered: it may run in another
+        thread while turns are added.
+
+        Raises:
+            AlignmentError: the chat template refuses these messages.
+        """
+        if pending.is_extension and pending.anchor is not None:
+            return self._write_extension(pending.call, *pending.anchor)
+        plan = self._write_fresh(pending)
+        if pending.cause is not ForkCause.REASONING_STRIPPED or pending.anchor is None or plan.parent is not None:
+            return plan
+        # The template may still write the reasoning: then it stays where it was sampled.
+        stripped = self._strips_reasoning(pending.call, pending.anchor[0], plan.prompt_ids)
+        return plan if stripped else _extension(pending.call, pending.anchor)
+
+    def _write_extension(self, call: _Call, index: int, length: int) -> PromptPlan | PendingPlan:
         turn = self._turns[index]
         held = turn.ids
         added = self._format.extend(
             held[: turn.prompt_tokens],
             turn.completion_ids,
             turn.finish_reason,
-            messages[length:],
-            tools,
-            template_args=template_args,
+            call.messages[length:],
+            call.tools,
+            template_args=call.args,
             answered=self._sampled[index].message,
         )
         if added is None:
-            return self._fresh(call, self._why_not_extended(call, index, length), index)
-        return _extended(held, TokenIds(added), index, history, length)
+            return _fresh(call, self._why_not_extended(call, index, length), (index, length))
+        return _extended(held, TokenIds(added), index, call.history, length)
 
     def add(self, plan: PromptPlan, generation: Generation, message: Message) -> Turn:
         """Remember what was sampled after `plan`, and the assistant message that the agent was given for it."""
@@ -243,16 +291,17 @@ class RolloutRecord:
 
     # -- prompts that extend nothing by plan ----------------------------------------------------------------------
 
-    def _fresh(self, call: _Call, cause: ForkCause | None, anchor: int | None = None) -> PromptPlan:
+    def _write_fresh(self, pending: PendingPlan) -> PromptPlan:
         """The template's own render of everything, with the reasoning that the agent left out put back for it.
 
         It may still read on from what was sampled: what was edited is nothing that the template writes, or other
         arguments of it change only what comes next. Then nothing is forked.
         """
+        call, cause = pending.call, pending.cause
         ids = TokenIds(self._format.render(self._restored(call), call.tools, template_args=call.args))
         if not self._turns:
             return PromptPlan(ids, ids, None, None, 0, call.history)
-        nearest = len(self._turns) - 1 if anchor is None else anchor
+        nearest = len(self._turns) - 1 if pending.anchor is None else pending.anchor[0]
         turn = self._turns[nearest]
         held, decode = turn.ids, self._format.decode
         text, begun = decode(ids), decode(held)
@@ -317,6 +366,20 @@ class RolloutRecord:
         ours = {turn.completion_ids for turn in self._turns}
         echoed = (_ids(message.get("generation_token_ids")) for message in messages)
         return any(ids and ids not in ours for ids in echoed)
+
+
+def _extension(call: _Call, anchor: tuple[int, int]) -> PendingPlan:
+    return PendingPlan(_characters(call.messages[anchor[1] :]), call, anchor, None, is_extension=True)
+
+
+def _fresh(call: _Call, cause: ForkCause | None, anchor: tuple[int, int] | None = None) -> PendingPlan:
+    return PendingPlan(_characters(call.messages), call, anchor, cause, is_extension=False)
+
+
+def _characters(messages: Sequence[Message]) -> int:
+    texts = (text_of(message.get("content")) for message in messages)
+    calls = (str(call) for message in messages for call in tool_calls_of(message))
+    return sum(map(len, chain(texts, calls)))
 
 
 def _extended(held: TokenIds, added: TokenIds, parent: int, history: History, known: int) -> PromptPlan:

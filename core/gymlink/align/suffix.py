@@ -73,6 +73,7 @@ class TemplateFormat:
 
     def __init__(self, template: Template, parser: Parser) -> None:
         self.name = parser.name
+        self.encoder = template.encoder
         self._template = template
         self._parser = parser
         self._sentinel = "Zq" + secrets.token_hex(12)
@@ -255,7 +256,8 @@ class TemplateFormat:
                 self._proofs.clear()
                 self._reasons.clear()
             self._proofs[shape] = proof
-        return self._proofs[shape]
+            return proof  # another thread may clear them meanwhile
+        return self._proofs.get(shape)
 
     def _prove(self, shape: _Shape, template_args: Mapping[str, Any], *, after_call: bool) -> _Proof | None:
         tools = [PROBE_TOOL] if shape.tools else []

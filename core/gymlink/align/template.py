@@ -16,6 +16,7 @@ import orjson
 
 from gymlink.align.base import NO_ARGS, Ids, Tokenizer
 from gymlink.align.canonical import REASONING_FIELDS, text_of, tool_calls_of
+from gymlink.align.encoder import Encoder
 from gymlink.errors import AlignmentError, ConfigError
 from gymlink.types import Message, Tool
 
@@ -50,6 +51,7 @@ class Template(ABC):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer)
         self.special_ids = _special_ids(tokenizer)
         self._word = "probe" + secrets.token_hex(4)
         self._lost: dict[tuple[Any, ...], tuple[int, ...]] = {}
@@ -78,7 +80,7 @@ class Template(ABC):
         """
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self.encoder.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -200,11 +202,12 @@ class Template(ABC):
     ) -> None:
         """A conversation of this shape is written once with words of its own in each message, and some have to show."""
         shape = (bool(tools), *_shape(messages))
-        if shape not in self._lost:
+        lost = self._lost.get(shape)
+        if lost is None:
             if len(self._lost) >= MAX_SHAPES:
                 self._lost.clear()
-            self._lost[shape] = self._find_lost(messages, tools)
-        for place in self._lost[shape]:
+            lost = self._lost[shape] = self._find_lost(messages, tools)
+        for place in lost:
             if messages[place]["role"] == "assistant" and not answers:
                 continue
             raise AlignmentError(

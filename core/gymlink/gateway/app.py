@@ -80,13 +80,13 @@ class _Here:
         return answer
 
     async def tokenize(self, _: Request, body: Body, rollout: str | None) -> Response:
-        token_ids = self._service.prompt_ids(TokenizeRequest.read(body).call(), rollout)
+        token_ids = await self._service.prompt_ids(TokenizeRequest.read(body).call(), rollout)
         max_context = self._service.engine.max_context
         return json_response({"count": len(token_ids), "max_model_len": max_context, "tokens": token_ids})
 
     async def count_tokens(self, _: Request, body: Body, rollout: str | None) -> Response:
         call = MessagesRequest.read(body).call(self._service.threads(rollout))
-        return json_response({"input_tokens": len(self._service.prompt_ids(call, rollout))})
+        return json_response({"input_tokens": len(await self._service.prompt_ids(call, rollout))})
 
     async def models(self, _: Request, _body: Body, _rollout: str | None) -> Response:
         name = self._service.model

@@ -52,6 +52,11 @@ class GatewayMetrics(Collector):
         for cause in ForkCause:
             breaks.add_metric([cause.value], self._breaks[cause])
         yield breaks
+        yield CounterMetricFamily(
+            "gymlink_encoder_differences",
+            "Texts that the faster encoder wrote otherwise than the tokenizer, which encodes alone from then on.",
+            service.encoder_differences,
+        )
         yield GaugeMetricFamily("gymlink_open_rollouts", "Rollouts that are open.", len(service.rollouts))
         yield GaugeMetricFamily("gymlink_in_flight", "Generations in flight.", service.in_flight)
         yield GaugeMetricFamily("gymlink_paused", "1 while no generation may begin.", int(service.paused))
