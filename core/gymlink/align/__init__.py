@@ -3,6 +3,7 @@
 from gymlink.align.base import ChatFormat, FormatReport, Parsed, Tokenizer, ToolCall
 from gymlink.align.canonical import Canonical, canonical, split_reasoning
 from gymlink.align.format import load_format
+from gymlink.align.history import Check
 from gymlink.align.record import PendingPlan, PromptPlan, RolloutRecord
 from gymlink.align.segments import HISTORY_REWRITTEN, OTHER_BRANCH, build_segments, segment_of
 from gymlink.align.suffix import TemplateFormat
@@ -12,6 +13,7 @@ __all__ = [
     "OTHER_BRANCH",
     "Canonical",
     "ChatFormat",
+    "Check",
     "FormatReport",
     "Parsed",
     "PendingPlan",

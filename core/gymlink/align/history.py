@@ -8,7 +8,7 @@ its own.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
@@ -20,6 +20,12 @@ ROOT: Final = b""
 """The key of a history without messages."""
 MAX_CONVERSATIONS: Final = 64
 """Histories that are remembered: more than there are conversations at a time in one rollout."""
+
+
+_FIELDS: Final = (*READ_FIELDS, "name", "tool_call_id")
+
+Check = Callable[[int, Message], None]
+"""Called with a message and its place, once for each that no earlier call of its conversation had; may raise."""
 
 
 class Form(NamedTuple):
@@ -35,7 +41,7 @@ class History:
     """The messages of one call. It holds on to no ids of theirs."""
 
     read: tuple[tuple[Any, ...], ...]
-    """Of each message, all that its canonical form depends on."""
+    """Of each message, all that a chat template may be given."""
     forms: tuple[Form, ...]
     chain: tuple[bytes, ...]
     """`chain[n]` stands for the first n messages; silent assistant messages leave it unchanged."""
@@ -59,12 +65,21 @@ class Histories:
     def __init__(self) -> None:
         self._latest: list[History] = []  # the latest of each conversation; the one that was used last is last
 
-    def read(self, messages: Sequence[Message], tools: Sequence[Tool], template_args: Mapping[str, Any]) -> History:
-        """The history of these messages."""
-        read = tuple([tuple(map(message.get, READ_FIELDS)) for message in messages])
+    def read(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        template_args: Mapping[str, Any],
+        check: Check | None = None,
+    ) -> History:
+        """The history of these messages. What `check` raises is raised, and the messages are not remembered."""
+        read = tuple([tuple(map(message.get, _FIELDS)) for message in messages])
         known, same = self._nearest(read)
         forms, chain = [*known.forms[:same]], [*known.chain[: same + 1]]
-        for message in messages[same:]:
+        for place in range(same, len(messages)):
+            message = messages[place]
+            if check is not None:
+                check(place, message)
             form = canonical(message)
             forms.append(Form(form.role, form.reasoning, form.is_silent))
             chain.append(link(chain[-1], form))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 from renderers import base as _renderers  # type: ignore[import-untyped]
@@ -22,7 +22,34 @@ from gymlink.align.template import PROBE_TOOL, ChatTemplate, Template, probe_cal
 from gymlink.errors import AlignmentError, ConfigError
 from gymlink.types import Message, Tool
 
+MARKER_LENGTH: Final = 64
+"""Characters that a marker has at most."""
 _OPEN: Final = "Zq" + secrets.token_hex(12)
+
+
+class _Remembering:
+    """A tokenizer for `renderers`, which asks it for the ids of the same few markers with each completion."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer: Any = tokenizer
+        self._ids = lru_cache(maxsize=256)(self._encoded)
+
+    def _encoded(self, text: str) -> Ids:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        if options != {"add_special_tokens": False} or len(text) > MARKER_LENGTH:
+            return list(self._tokenizer.encode(text, **options))
+        return list(self._ids(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        return self._tokenizer(*texts, **options)
 
 
 class KnownParser:
@@ -157,7 +184,7 @@ def known_names() -> tuple[str, ...]:
 
 def _make(tokenizer: Tokenizer, name: str, template_args: Mapping[str, Any]) -> _renderers.Renderer:
     config: Any = config_from_name(name)
-    return _renderers.create_renderer(tokenizer, config, chat_template_kwargs=dict(template_args) or None)
+    return _renderers.create_renderer(_Remembering(tokenizer), config, chat_template_kwargs=dict(template_args) or None)
 
 
 def _ids(template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool]) -> Ids | None:

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from gymlink.align.base import NO_ARGS, ChatFormat
 from gymlink.align.canonical import REASONING_FIELDS, Canonical, canonical, split_reasoning, text_of, tool_calls_of
-from gymlink.align.history import Histories, History, link
+from gymlink.align.history import Check, Histories, History, link
 from gymlink.types import ForkCause, Generation, Message, TokenIds, Tool, Turn
 
 _MARK: Final = "Zq" + secrets.token_hex(12)
@@ -128,14 +128,17 @@ class RolloutRecord:
         *,
         template_args: Mapping[str, Any] = NO_ARGS,
         required_prefix: Sequence[int] | None = None,
+        check: Check | None = None,
     ) -> PendingPlan:
         """What the prompt for `messages` goes on from. They are kept: give new ones to a later call, not these changed.
 
         `required_prefix` are ids that the caller wants the prompt to start with. Where they are what one turn held
         and these messages continue it, that turn is the one to continue, however its own message is worded now.
         Nothing else changes for them: whether the prompt starts with them is for the caller to see.
+
+        `check` is called with each message that no earlier call of the conversation had, and what it raises is raised.
         """
-        history = self._histories.read(messages, tools, template_args)
+        history = self._histories.read(messages, tools, template_args, check)
         call = _Call(messages, tools, template_args, history)
         anchor = self._required(history, required_prefix) or self._anchor(call)
         if anchor is None:

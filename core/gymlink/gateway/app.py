@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 from gymlink.gateway.anthropic import MessagesRequest
 from gymlink.gateway.call import Asked
 from gymlink.gateway.chat import ChatRequest, TokenizeRequest
-from gymlink.gateway.http import application
+from gymlink.gateway.http import application, has_hung_up
 from gymlink.gateway.responses import ResponsesRequest
 from gymlink.gateway.router import Here, Router
 from gymlink.gateway.service import PolicyService
@@ -71,7 +71,7 @@ class _Here:
 
         async def answer(request: Request, body: Body, rollout: str | None) -> Response:
             async def connected() -> bool:
-                return not await request.is_disconnected()
+                return not await has_hung_up(request)
 
             asked = read(body)
             answered = await self._service.ask(asked, rollout, connected)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from gymlink.align import Parsed
+from gymlink.align import Check, Parsed
 from gymlink.gateway.wire import invalid
 from gymlink.types import Message, TokenIds, Tool, Turn
 
@@ -48,6 +48,8 @@ class Call:
     """Ids that the prompt must start with."""
     thread: Thread | None = None
     """The messages to remember the answer with; None where nobody will name it."""
+    check: Check | None = None
+    """Refuses, with `WireError` 400, messages that came as they are; None where they were checked as they were read."""
 
 
 @dataclass(frozen=True, slots=True)

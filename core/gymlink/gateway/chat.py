@@ -52,7 +52,10 @@ class _Prompt(Request):
 
     def _call(self, choice: Any = None, **more: Any) -> Call:
         tools = shown_tools(_checked_tools(self.tools), choice)
-        return Call(_checked_messages(self.messages), tools, self.template_args, **more)
+        messages = objects(self.messages, "messages")
+        if not messages:
+            raise invalid("messages: at least one is needed.", "messages")
+        return Call(messages, tools, self.template_args, check=_check_message, **more)
 
 
 class TokenizeRequest(_Prompt):
@@ -148,8 +151,9 @@ class ChatRequest(_Prompt):
 
     def _ids(self, turn: Turn) -> dict[str, Sequence[float]]:
         """Gym's three fields of a message."""
-        held = (turn.prompt_ids, turn.completion_ids, turn.logprobs)
-        return dict(zip(ID_FIELDS, held, strict=True)) if self._wants_ids else {}
+        if not self._wants_ids:
+            return {}
+        return dict(zip(ID_FIELDS, (turn.prompt_ids, turn.completion_ids, turn.logprobs), strict=True))
 
     def _logprobs(self, turn: Turn) -> dict[str, Any] | None:
         # Gym asks for logprobs with ids as text only because stock vLLM has no other way; the id fields replace it.
@@ -176,36 +180,22 @@ def _usage(turn: Turn) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-_PLAIN = frozenset({"role", "content", "tool_call_id", "name"})
-
-
-def _checked_messages(messages: Any) -> Sequence[Message]:
-    """The messages, if each is one."""
-    checked = objects(messages, "messages")
-    if not checked:
-        raise invalid("messages: at least one is needed.", "messages")
-    for index, message in enumerate(checked):
-        texts = message.keys() <= _PLAIN and {*map(type, message.values())} == {str}
-        if not texts or not message.get("role"):  # a long history is mostly texts, and seen in every turn
-            _check_message(message, f"messages.{index}")
-    return checked
-
-
-def _check_message(message: Message, where: str) -> None:
+def _check_message(place: int, message: Message) -> None:
     """A field that would be lost is refused; null and absent are the same."""
+    where = f"messages.{place}"
     text_field(message, "role", where)
     content = message.get("content")
     if not isinstance(content, str | None):
-        for place, part in enumerate(objects(content, f"{where}.content")):
+        for number, part in enumerate(objects(content, f"{where}.content")):
             if part.get("type") in ("text", None):
-                text_field(part, "text", f"{where}.content.{place}", needed=False)
+                text_field(part, "text", f"{where}.content.{number}", needed=False)
     for name in ("audio", "function_call", "refusal"):
         if message.get(name):
             raise invalid(f"{where}.{name} is not supported by this gateway.", f"{where}.{name}")
     text_field(message, "tool_call_id", where, needed=False)
     text_field(message, "name", where, needed=False)
-    for place, call in enumerate(objects(message.get("tool_calls"), f"{where}.tool_calls")):
-        _check_call(call, f"{where}.tool_calls.{place}")
+    for number, call in enumerate(objects(message.get("tool_calls"), f"{where}.tool_calls")):
+        _check_call(call, f"{where}.tool_calls.{number}")
 
 
 def _check_call(call: Mapping[str, Any], where: str) -> None:

@@ -84,6 +84,23 @@ async def until_hang_up(request: Request, work: Awaitable[T]) -> T:
         hang_up.cancel()
 
 
+async def has_hung_up(request: Request) -> bool:
+    """Whether the client of `request`, whose body was read, has hung up by now.
+
+    Starlette's own `is_disconnected` asks the same with a cancel scope around it, at twice the cost of all dispatch.
+    """
+    for _ in range(2):  # once for the loop to see what came from the network, and once to take it in
+        await asyncio.sleep(0)
+    step = request.receive().__await__()  # after the body, the only message left is http.disconnect
+    try:
+        next(step)  # it has to wait, so there is no message yet
+    except StopIteration as ended:
+        return bool(ended.value["type"] == "http.disconnect")
+    finally:
+        step.close()
+    return False
+
+
 def guarded(handler: Handler) -> Handler:
     """Whatever goes wrong in `handler` becomes an OpenAI-shaped error."""
 

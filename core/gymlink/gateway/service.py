@@ -200,7 +200,11 @@ class PolicyService:
             )
         try:
             plan: PromptPlan | PendingPlan = record.begin(
-                call.messages, call.tools, template_args=call.template_args, required_prefix=call.required_prefix
+                call.messages,
+                call.tools,
+                template_args=call.template_args,
+                required_prefix=call.required_prefix,
+                check=call.check,
             )
             while isinstance(plan, PendingPlan):
                 is_long = plan.characters > LONG_TEXT  # other calls are answered meanwhile

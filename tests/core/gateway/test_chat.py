@@ -73,7 +73,21 @@ def test_what_is_not_honoured_is_refused_by_name(fields: dict[str, Any], param: 
     ],
 )
 def test_a_message_that_is_none_is_refused_by_its_place(message: dict[str, Any], param: str) -> None:
-    assert refusal(messages=[message]).param == param
+    call = asked(messages=[message]).call({})
+    with pytest.raises(WireError) as refused:
+        call.check(0, call.messages[0])
+    assert (refused.value.status, refused.value.param) == (400, param)
+
+
+async def test_a_message_is_checked_when_it_first_comes(gateway) -> None:
+    client = await gateway()
+    client.service.open("0.a")
+    history = [{"role": "user", "content": "hi"}, {"role": "tool", "content": "found", "tool_call_id": "c"}]
+    assert (await client.chat(history, "0.a"))[0] == 200
+    for _ in range(2):  # what was refused is not remembered
+        status, body = await client.chat([history[0], {**history[1], "tool_call_id": ["c"]}], "0.a")
+        assert (status, body["error"]["param"]) == (400, "messages.1.tool_call_id")
+    assert len(client.service.rollouts.find("0.a").record.turns) == 1
 
 
 def test_what_gym_sends_is_accepted() -> None:
