@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
+import orjson
+
 N = TypeVar("N", int, float)
 
 
@@ -131,6 +133,19 @@ class Mask(Packed[int]):
 
     __slots__ = ()
     _typecode = "b"
+
+
+def to_json(value: Any) -> bytes:
+    """`value` as JSON, in which packed numbers are lists, and no object is made for any of them."""
+    return orjson.dumps(value, default=_as_numpy, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _as_numpy(value: Any) -> Any:
+    import numpy as np
+
+    if isinstance(value, Packed):
+        return np.asarray(value._numbers)
+    raise TypeError
 
 
 def pack(value: object, **fields: type[Packed[Any]]) -> None:

@@ -14,6 +14,6 @@ async def chat(service: PolicyService, body: Mapping[str, Any], *, read: bool = 
         return read
 
     request = ChatRequest.read(body)
-    answer = await service.ask(request, body.get(ROLLOUT_FIELD), connected)
+    answer = await service.ask(request.call({}), body.get(ROLLOUT_FIELD), connected)
     message: dict[str, Any] = request.body(answer)["choices"][0]["message"]
     return message

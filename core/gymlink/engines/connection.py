@@ -14,6 +14,7 @@ import aiohttp
 import orjson
 
 from gymlink.errors import EngineDownError, EngineError
+from gymlink.packed import to_json
 
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 30.0
@@ -68,7 +69,7 @@ class Connection:
         limit = self._timeout_s if timeout_s is None else timeout_s
         headers = self._headers | ({"Content-Type": "application/json"} if body is not None else {})
         # Not as bytes: aiohttp would write those in one piece, and warns of it.
-        data = None if body is None else io.BytesIO(orjson.dumps(body))
+        data = None if body is None else io.BytesIO(to_json(body))
         timeout = aiohttp.ClientTimeout(total=limit, sock_connect=CONNECT_TIMEOUT_S)
         started = time.monotonic()
         try:

@@ -115,7 +115,7 @@ class RemoteEngine(ABC):
         """Have the server load the weights; called one at a time."""
 
     @abstractmethod
-    async def _sample(self, prompt: list[int], limit: int, sampling: Sampling, stops: list[int]) -> Sampled:
+    async def _sample(self, prompt: TokenIds, limit: int, sampling: Sampling, stops: list[int]) -> Sampled:
         """Ask the server; raise `EngineError` when the answer is about another prompt."""
 
     async def generate(
@@ -124,7 +124,7 @@ class RemoteEngine(ABC):
         del rollout_id  # one replica
         if self._closed:
             raise EngineError(f"The engine on {self} is closed.")
-        prompt = list(prompt_ids)
+        prompt = prompt_ids if isinstance(prompt_ids, TokenIds) else TokenIds(prompt_ids)
         limit = await self._room(len(prompt), sampling.max_tokens)
         before = self._version
         try:
@@ -205,9 +205,9 @@ class RemoteEngine(ABC):
             routed_experts=sampled.routed_experts,
         )
 
-    def _same_prompt(self, sent: list[int], used: Any, count: Any) -> None:
+    def _same_prompt(self, sent: TokenIds, used: Any, count: Any) -> None:
         """Compare what the server says that it sampled after: the ids where it tells them, else their number."""
-        if used is not None and used != sent:
+        if used is not None and used != sent.tolist():
             pairs = enumerate(zip(sent, used, strict=False))
             at = next((at for at, (mine, theirs) in pairs if mine != theirs), min(len(sent), len(used)))
             raise EngineError(

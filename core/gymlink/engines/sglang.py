@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from gymlink.engines.connection import PROBE_TIMEOUT_S, AnsweredError
 from gymlink.engines.remote import RemoteEngine, Sampled, version_of
 from gymlink.errors import EngineError
-from gymlink.types import Sampling
+from gymlink.types import Sampling, TokenIds
 
 OFF = -1
 """SGLang's `top_k` that keeps every token."""
@@ -63,7 +63,7 @@ class SglangEngine(RemoteEngine):
         finally:
             await self._control("/continue_generation", {})
 
-    async def _sample(self, prompt: list[int], limit: int, sampling: Sampling, stops: list[int]) -> Sampled:
+    async def _sample(self, prompt: TokenIds, limit: int, sampling: Sampling, stops: list[int]) -> Sampled:
         body: dict[str, Any] = {
             "input_ids": prompt,
             "sampling_params": {
@@ -83,7 +83,7 @@ class SglangEngine(RemoteEngine):
             body["return_routed_experts"] = True
         return self._read(prompt, await self._server.ask("POST", "/generate", body))
 
-    def _read(self, prompt: list[int], answer: Any) -> Sampled:
+    def _read(self, prompt: TokenIds, answer: Any) -> Sampled:
         meta = answer.get("meta_info") if isinstance(answer, dict) else None
         if not isinstance(meta, dict):
             raise EngineError(f"{self} answered without meta_info, so without a completion.")

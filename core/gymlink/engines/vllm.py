@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from gymlink.engines.connection import PROBE_TIMEOUT_S, AnsweredError
 from gymlink.engines.remote import RemoteEngine, Sampled, version_of
 from gymlink.errors import EngineDownError, EngineError
-from gymlink.types import Sampling
+from gymlink.types import Sampling, TokenIds
 
 Endpoint = Literal["generate", "completions"]
 
@@ -88,7 +88,7 @@ class VllmEngine(RemoteEngine):
         super().set_weight_version(version)
         self._doubt = None
 
-    async def _sample(self, prompt: list[int], limit: int, sampling: Sampling, stops: list[int]) -> Sampled:
+    async def _sample(self, prompt: TokenIds, limit: int, sampling: Sampling, stops: list[int]) -> Sampled:
         self._believe()
         params: dict[str, Any] = {
             "temperature": sampling.temperature,
@@ -111,7 +111,7 @@ class VllmEngine(RemoteEngine):
         self._believe()
         return self._read(prompt, answer)
 
-    def _read(self, prompt: list[int], answer: Any) -> Sampled:
+    def _read(self, prompt: TokenIds, answer: Any) -> Sampled:
         choice = self._choice(answer)
         used = choice.get("prompt_token_ids")
         if used is None and self._endpoint == "completions":

@@ -74,7 +74,10 @@ class _Here:
                 return not await has_hung_up(request)
 
             asked = read(body)
-            answered = await self._service.ask(asked, rollout, connected)
+            answering = self._service.ask(asked.call(self._service.threads(rollout)), rollout, connected)
+            asked = asked.without_conversation()
+            del body  # as in the router: nothing of a request's size waits for the engine
+            answered = await answering
             return event_stream(asked.events(answered)) if asked.stream else json_response(asked.body(answered))
 
         return answer

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from gymlink.align import Check, Parsed
 from gymlink.gateway.wire import invalid
@@ -89,6 +89,9 @@ class Asked(Protocol):
 
     def call(self, threads: Mapping[str, Thread]) -> Call:
         """What it asks. `threads` are the answers that it may go on from, by key. Raises `WireError` 400."""
+
+    def without_conversation(self) -> Self:
+        """What is needed of it to write the answer."""
 
     def body(self, answer: Answer) -> dict[str, Any]:
         """The answer as one JSON object."""

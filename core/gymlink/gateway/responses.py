@@ -44,6 +44,8 @@ class ResponsesRequest(Request):
         | {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
     )
 
+    conversation: ClassVar[str] = "input"
+
     model: StrictStr | None = None
     input: Any
     instructions: StrictStr | None = None

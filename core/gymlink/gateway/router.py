@@ -62,7 +62,9 @@ class Router:
             rollout = named_rollout(request.scope, body)
             if rollout is not None and (peer := self.peer_of(rollout)) is not None:
                 return await self.forward(peer + rollout_path(rollout, path), request, content, secret)
-            return await here(request, body, rollout)
+            answering = here(request, body, rollout)
+            del content, body  # the engine may take long, and then they are no longer needed
+            return await answering
 
         return policy_routes(path, handler, method)
 

@@ -15,7 +15,7 @@ from typing import Literal
 from gymlink.align import ChatFormat, PendingPlan, PromptPlan, RolloutRecord
 from gymlink.engines import Engine
 from gymlink.errors import AlignmentError, ContextOverflowError, EngineError
-from gymlink.gateway.call import Answer, Asked, Call, Thread, assistant_message, new_key
+from gymlink.gateway.call import Answer, Call, Thread, assistant_message, new_key
 from gymlink.gateway.pause import Gate
 from gymlink.gateway.recognise import not_open
 from gymlink.gateway.rollouts import OpenRollout, OpenRollouts, RolloutClosedError
@@ -164,7 +164,7 @@ class PolicyService:
         """The prompt that this call would sample from now. Raises `WireError` as `ask`."""
         return (await self._plan(self._owner(call, rollout_id).record, call)).prompt_ids
 
-    async def ask(self, asked: Asked, rollout_id: str | None, connected: Connected) -> Answer:
+    async def ask(self, call: Call, rollout_id: str | None, connected: Connected) -> Answer:
         """Sample one assistant message. Without a rollout it is remembered for its conversation, and trained by nobody.
 
         Raises:
@@ -172,13 +172,14 @@ class PolicyService:
                 looks for), 404 for a rollout that is not open, 429 when the policy stays paused, 500 when the engine
                 fails.
         """
-        call = asked.call(self.threads(rollout_id))
         rollout = self._owner(call, rollout_id)
         self.totals.requests += 1
         self.totals.unattributed_calls += rollout.stranger
         plan = await self._plan(rollout.record, call)
         if rollout.closed:
             raise not_open(rollout_id)
+        if call.thread is None:
+            call = dataclasses.replace(call, messages=())  # what the engine takes long for keeps no request in memory
         generation = await self._generate(rollout, call, plan, connected)
         heard = await connected()
         # From here to the new turn nothing is awaited: the counts of a rollout agree whenever another task looks.

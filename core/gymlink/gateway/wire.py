@@ -14,7 +14,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import Response
 
-from gymlink.types import Packed
+from gymlink.packed import to_json
 
 ROLLOUT_FIELD = "gymlink_rollout"
 """Body field that names the rollout; Gym copies it there from a row's `metadata.extra_body`."""
@@ -64,6 +64,13 @@ class Request(BaseModel):
 
     harmless: ClassVar[frozenset[str]] = frozenset()
     """Fields without effect on what is sampled here."""
+
+    conversation: ClassVar[str] = "messages"
+    """The field that holds it."""
+
+    def without_conversation(self) -> Self:
+        """See `gymlink.gateway.call.Asked`."""
+        return self.model_copy(update={self.conversation: None})
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> Self:
@@ -136,17 +143,6 @@ def dumped(value: Any, where: str) -> str:
         return orjson.dumps(value).decode()
     except TypeError as error:
         raise invalid(f"{where} is nested too deeply.", where) from error
-
-
-def to_json(content: Any) -> bytes:
-    """`content` as JSON; packed ids and logprobs are lists there."""
-    return orjson.dumps(content, default=_listed, option=orjson.OPT_NON_STR_KEYS)
-
-
-def _listed(value: Any) -> list[float]:
-    if isinstance(value, Packed):
-        return value.tolist()
-    raise TypeError
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -53,7 +53,7 @@ async def ask(service: PolicyService, *contents: str, rollout: str = "0.a") -> A
     async def connected() -> bool:
         return True
 
-    return await service.ask(ChatRequest.read({"messages": messages}), rollout, connected)
+    return await service.ask(ChatRequest.read({"messages": messages}).call({}), rollout, connected)
 
 
 async def test_only_a_long_text_leaves_the_event_loop(chat_format: Any) -> None:
