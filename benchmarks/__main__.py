@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("turn_cost", "capture_payload", "capture_gym", "in_flight", "gym_throughput")
+NAMES = ("turn_cost", "capture_payload", "capture_gym", "long_rollout", "in_flight", "proxies", "gym_throughput")
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from gymlink.align import load_format
 from gymlink.config import GatewaySettings
 from gymlink.engines import ScriptedEngine
 from gymlink.gateway import GatewayServer, PolicyService, create_app
+from gymlink.serve.memory import return_large_buffers
 from gymlink.types import Generation, Sampling
 
 
@@ -97,6 +98,7 @@ def _serve(pipe: Connection, folder: str, rollout_ids: Sequence[str], script: Sc
 
 
 async def _serve_until_told(pipe: Connection, folder: str, rollout_ids: Sequence[str], script: Script) -> None:
+    return_large_buffers()  # as `gymlink serve` does
     engine = _Engine(script)
     service = PolicyService(load_format(_loaded(folder)), engine, Sampling())
     server = GatewayServer(create_app(service, SECRET), GatewaySettings())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-PACKAGES = ("gymlink", "orjson", "pydantic", "starlette", "uvicorn", "tokenizers", "transformers")
+PACKAGES = ("gymlink", "fastokens", "orjson", "pydantic", "starlette", "uvicorn", "tokenizers", "transformers")
 
 Row = Mapping[str, str | int | float]
 

@@ -7,7 +7,7 @@ a rollout is held in these, so a token costs what it must; plain tuples and list
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
 import orjson
@@ -30,7 +30,8 @@ class Packed(Sequence[N], Generic[N]):
         if isinstance(numbers, Packed):
             numbers = numbers._numbers
         try:
-            self._numbers = array(self._typecode, numbers)
+            # An array that grows by what an iterator gives has room to spare; one of a list has none.
+            self._numbers = array(self._typecode, numbers if isinstance(numbers, Sized) else list(numbers))
         except (TypeError, OverflowError) as error:
             raise ValueError(f"{type(self).__name__} cannot hold what it was given: {error}.") from error
 
@@ -38,8 +39,7 @@ class Packed(Sequence[N], Generic[N]):
     def joined(cls, parts: Iterable[Packed[N]]) -> Self:
         """All of them, one after the other. Takes the time of copying bytes."""
         whole = cls()
-        for part in parts:
-            whole._numbers.extend(part._numbers)
+        whole._numbers.frombytes(b"".join([part._numbers for part in parts]))
         return whole
 
     @classmethod

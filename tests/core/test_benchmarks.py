@@ -45,7 +45,7 @@ def check(folder: Path, *names: str) -> None:
 
 
 def test_those_that_need_no_gym(tmp_path: Path) -> None:
-    check(tmp_path, "turn_cost", "capture_payload", "in_flight")
+    check(tmp_path, "turn_cost", "capture_payload", "long_rollout", "in_flight", "proxies")
     in_flight = json.loads((tmp_path / "results" / "in_flight.json").read_text())
     assert [(row["rollouts"], row["lost"]) for row in in_flight["rows"]] == [(16, 0)]
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import chain
 from typing import Any, Final
 
 import orjson
@@ -44,7 +45,14 @@ class Canonical:
     @property
     def digest(self) -> bytes:
         """16 bytes over everything but the reasoning. Tool-call ids do not take part: agents make them up anew."""
-        return digest([self.role, self.content, self.calls])
+        whole = blake2b(digest_size=16)
+        for text in (self.role, self.content, *chain.from_iterable(self.calls)):
+            part = text.encode(
+                "utf-8", "surrogatepass"
+            )  # orjson would leave it beside the text, for as long as that is
+            whole.update(len(part).to_bytes(8, "little"))
+            whole.update(part)
+        return whole.digest()
 
 
 def digest(value: Any) -> bytes:

@@ -73,7 +73,7 @@ class Histories:
         check: Check | None = None,
     ) -> History:
         """The history of these messages. What `check` raises is raised, and the messages are not remembered."""
-        read = tuple([tuple(map(message.get, _FIELDS)) for message in messages])
+        read = tuple([_read(message) for message in messages])
         known, same = self._nearest(read)
         forms, chain = [*known.forms[:same]], [*known.chain[: same + 1]]
         for place in range(same, len(messages)):
@@ -81,7 +81,7 @@ class Histories:
             if check is not None:
                 check(place, message)
             form = canonical(message)
-            forms.append(Form(form.role, form.reasoning, form.is_silent))
+            forms.append(_kept(form))
             chain.append(link(chain[-1], form))
         resumed = template_args.get("continue_final_message") and forms and forms[-1].role == "assistant"
         history = History(
@@ -94,6 +94,16 @@ class Histories:
         )
         self._remember(history, known if same == len(known) else None)
         return history
+
+    def expect(self, history: History, answer: Message, form: Canonical) -> None:
+        """An agent goes on from this history with the answer that it was given: most send it back as it is."""
+        expected = History(
+            read=(*history.read, _read(answer)),
+            forms=(*history.forms, _kept(form)),
+            chain=(*history.chain, link(history.key, form)),
+            checked=history.checked,
+        )
+        self._remember(expected, history)
 
     def _nearest(self, read: tuple[tuple[Any, ...], ...]) -> tuple[History, int]:
         """The remembered history that begins like this one for longest, and for how many messages."""
@@ -109,6 +119,14 @@ class Histories:
     def _remember(self, history: History, goes_on_from: History | None) -> None:
         latest = [one for one in self._latest if one is not goes_on_from]
         self._latest = [*latest[1 - MAX_CONVERSATIONS :], history]
+
+
+def _read(message: Message) -> tuple[Any, ...]:
+    return tuple(map(message.get, _FIELDS))
+
+
+def _kept(form: Canonical) -> Form:
+    return Form(form.role, form.reasoning, form.is_silent)
 
 
 def link(key: bytes, form: Canonical) -> bytes:

@@ -202,6 +202,7 @@ class RolloutRecord:
         )
         history, index = plan._history, turn.index
         form = canonical(message)
+        self._histories.expect(history, message, form)
         said = _after(history, message, form)
         digests = frozenset(one.digest for one, _ in said)
         self._turns.append(turn)

@@ -19,6 +19,7 @@ from gymlink.hookspecs import EngineKind, EngineRequest
 from gymlink.plugins import find_engine, resolve
 from gymlink.runfile import check_model
 from gymlink.serve.control import Control
+from gymlink.serve.memory import return_large_buffers
 from gymlink.session import Report, Session
 from gymlink.types import Sampling
 
@@ -95,6 +96,7 @@ def serving(request: ServeRequest, report: Report) -> Iterator[Serving]:
     )
     report(f"preparing the engine: {kind.summary}")
     if kind.remote:
+        return_large_buffers()  # no model is in this process
         asyncio.run(_probe(_load(kind.make, kind.extra, wanted)))
     engine = _load(kind.make, kind.extra, wanted)
     collects = isinstance(request.settings, Settings)

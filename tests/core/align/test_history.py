@@ -51,7 +51,7 @@ def test_conversations_that_take_turns_cost_what_each_costs_alone(
     assert [turn.parent is None for turn in agent.record.turns] == [True] * conversations + [False] * (
         conversations * (turns - 1)
     )
-    alone = 3 + 1 + (turns - 1) * (2 + 1)  # what is new in each call, and the answer that is added
+    alone = 3 + 1 + (turns - 1) * (1 + 1)  # what is new in each call, and the answer that is added
     assert len(read) <= conversations * alone
 
 
