@@ -270,10 +270,16 @@ def _litellm(python: Path, url: str, folder: Path) -> Iterator[_Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(python.parent / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
-    env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    env = {
+        **os.environ,
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # it listens on this machine, for minutes
+    }
     with (folder / "litellm.log").open("wb") as log, _started(command, env=env, stdout=log, stderr=log) as process:
         server = _Server(LITE, f"http://127.0.0.1:{port}", process.pid)
-        asyncio.run(_until_up(server, process))
+        if not asyncio.run(_is_up(server, process)):
+            raise RuntimeError(f"{LITE} did not start: {(folder / 'litellm.log').read_text()[-2000:]}")
         yield server
 
 
@@ -283,17 +289,19 @@ def _started(command: Sequence[str], **options: object) -> Iterator[subprocess.P
         try:
             yield process
         finally:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
             process.kill()
 
 
-async def _until_up(server: _Server, process: subprocess.Popen[bytes]) -> None:
-    async with asyncio.timeout(START_S), aiohttp.ClientSession() as session:
-        while process.poll() is None:
-            with contextlib.suppress(aiohttp.ClientError):
-                async with session.get(server.url + "/health/liveliness") as answer:
-                    if answer.status == 200:
-                        return
-            await asyncio.sleep(0.2)
-    raise RuntimeError(f"{server.name} ended with {process.returncode} as it started")
+async def _is_up(server: _Server, process: subprocess.Popen[bytes]) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(START_S), aiohttp.ClientSession() as session:
+            while process.poll() is None:
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with session.get(server.url + "/health/liveliness") as answer:
+                        if answer.status == 200:
+                            return True
+                await asyncio.sleep(0.2)
+    return False
