@@ -19,9 +19,23 @@ stops a run. A message says what happened, with the value, why, and what mends i
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class GymlinkError(Exception):
-    """Root of the tree: `except GymlinkError` catches all that gymlink raises on purpose."""
+    """Root of the tree: `except GymlinkError` catches all that gymlink raises on purpose.
+
+    Errors travel between processes, whatever their constructors take: they are pickled by message and attributes.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[GymlinkError], args: tuple[Any, ...], attributes: dict[str, Any]) -> GymlinkError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(GymlinkError):

@@ -226,7 +226,7 @@ def _ask(answer: Any) -> Any:
 def plain(error: Exception) -> GymlinkError:
     """The error, out of what Ray wraps around it, as one that can be sent from process to process."""
     cause = getattr(error, "cause", None) or error
-    if isinstance(cause, GymlinkError) and "__init__" not in vars(type(cause)):
+    if isinstance(cause, GymlinkError):
         return cause
     return RolloutError(f"{type(cause).__name__}: {cause}")
 
