@@ -2,7 +2,7 @@
 
 Each sampled token is in a range, or counted under the reason why not. OpenRLHF cannot leave a sample out, and one
 without a sampled token would end its run: a rollout with nothing to train is stood for by a placeholder, one token that
-the policy really sampled, with a reward that moves nothing (`gymlink_openrlhf.weigh`).
+the policy really sampled, with a reward that moves nothing (`gymlink_openrlhf.rewards`).
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
-from gymlink.demo import TASK, DemoRequest, DemoResult, Watch
+from gymlink.demo import TASK, Watch
 from gymlink.errors import PluginError, RolloutError
+from gymlink.hookspecs import DemoRequest, DemoResult
 from gymlink_openrlhf.train import Run, start
 from gymlink_ray.job import GYM_FILE
 

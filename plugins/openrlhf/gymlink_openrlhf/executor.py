@@ -31,7 +31,7 @@ from gymlink_openrlhf.convert import Sample, is_trainable, placeholder, response
 from gymlink_openrlhf.engine import ActorEngine
 from gymlink_openrlhf.options import Options, command_line, one_branch, read_options, sampling_of
 from gymlink_openrlhf.prompts import LABEL_FIELD
-from gymlink_openrlhf.weigh import Weights, equal, weigh
+from gymlink_openrlhf.rewards import GroupRewards, equal, group_rewards
 from gymlink_ray.job import Job, plain, worker_gateway_of
 
 
@@ -222,26 +222,26 @@ class Station:
         others = [rollout for rollout in group.ended if not _counts(rollout, task)]
         if others and scored:
             await self.job.actor.judge.remote(task.split)
-        weights = await self._weights(scored, others, task)
+        rewards = await self._rewards(scored, others, task)
         stand_in = None
         if not all(map(is_trainable, group.ended)):
             stand_in = sampled_in([*others, *scored]) or await self._sampled(prompt, sampling_params)
         ids = [rollout.rollout_id for rollout in [*scored, *others]]
         return Settled(
-            dict(zip(ids, [*weights.rewards, *weights.others], strict=True)),
-            dict(zip(ids, [*weights.scores, *[weights.other_score] * len(others)], strict=True)),
+            dict(zip(ids, [*rewards.rewards, *rewards.others], strict=True)),
+            dict(zip(ids, [*rewards.scores, *[rewards.other_score] * len(others)], strict=True)),
             stand_in,
-            weights.untrained,
+            rewards.untrained,
         )
 
-    async def _weights(self, scored: list[Rollout], others: list[Rollout], task: Task) -> Weights:
+    async def _rewards(self, scored: list[Rollout], others: list[Rollout], task: Task) -> GroupRewards:
         training = task.split == "train"
         if scored:
-            return weigh(scored, len(others), self.options, training=training)
+            return group_rewards(scored, len(others), self.options, training=training)
         reward = await self.job.actor.reward_elsewhere.remote(task.split, _agent_of(others[0]))
         if not training:
-            return Weights([], [], [reward] * len(others), reward)
-        return Weights([], [], [equal(reward)] * len(others), math.nan if self.options.filtering else reward)
+            return GroupRewards([], [], [reward] * len(others), reward)
+        return GroupRewards([], [], [equal(reward)] * len(others), math.nan if self.options.filtering else reward)
 
     async def _sampled(self, prompt: str, sampling_params: Any) -> Sample:
         """A placeholder for a group in which nothing was sampled: so one token is, after the dataset's prompt."""

@@ -203,7 +203,7 @@ def test_the_estimators_are_those_that_are_treated() -> None:
     assert choices is not None
     assert set(choices) == GROUP_RELATIVE | {"gae", "reinforce", "flash_reinforce"}, (
         CHANGED + "compute_advantages_and_returns in trainer/ppo_utils/experience_maker.py, and say in "
-        "gymlink_openrlhf.weigh what a failed rollout is given under the new one"
+        "gymlink_openrlhf.rewards what a failed rollout is given under the new one"
     )
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from demo_runs import Demo
-from gymlink.demo import DemoRequest
 from gymlink.errors import PluginError
+from gymlink.hookspecs import DemoRequest
 from gymlink_openrlhf import demo as module
 from gymlink_openrlhf.demo import STEPS, figures_of
 

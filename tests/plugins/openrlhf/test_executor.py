@@ -22,7 +22,7 @@ from gymlink.errors import ConfigError, GymStartError, RolloutError
 from gymlink.rollout import ALONE
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling
 from gymlink_openrlhf.convert import Sample, placeholder, sample_of
-from gymlink_openrlhf.weigh import FILTERED
+from gymlink_openrlhf.rewards import FILTERED
 from openrlhf_actor import GYM, Actor, Worker
 from openrlhf_rollouts import ROW, failed, scored, turn
 

@@ -1,7 +1,7 @@
 """What failed rollouts do to the others' advantages, by OpenRLHF's own arithmetic: nothing, but for what is named here.
 
-The rewards of `weigh` go through OpenRLHF's whole way from responses to advantages, several groups in a batch, and
-through the same way go the scored rollouts of each group alone.
+The rewards of `group_rewards` go through OpenRLHF's whole way from responses to advantages, several groups in a batch,
+and through the same way go the scored rollouts of each group alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gymlink.rollout import ALONE
 from gymlink.types import Rollout, RolloutStatus
 from gymlink_openrlhf.convert import Sample, placeholder, response_of, sample_of
 from gymlink_openrlhf.options import GROUP_RELATIVE, Options, Penalties
-from gymlink_openrlhf.weigh import FILTERED, Weights, equal, weigh
+from gymlink_openrlhf.rewards import FILTERED, GroupRewards, equal, group_rewards
 from gymlink_tiny import make_model, make_tokenizer
 from openrlhf_rollouts import failed, scored, turn
 from openrlhf_steps import arguments, generator, of_samples, read, with_advantages
@@ -82,14 +82,14 @@ def options(estimator: str, penalties: Penalties = Penalties(), **more: Any) -> 
     return Options(estimator, penalties=penalties, **more)
 
 
-def responses(group: Group, weights: Weights) -> list[dict[str, Any]]:
+def responses(group: Group, rewards: GroupRewards) -> list[dict[str, Any]]:
     """As the executor tells them: placeholders for what is not trained, of a whole group also for what was scored."""
-    mine = [STAND_IN if weights.untrained == ALONE else sample_of(rollout) for rollout in group.scored]
+    mine = [STAND_IN if rewards.untrained == ALONE else sample_of(rollout) for rollout in group.scored]
     told = [
         response(rollout, sample, reward, score)
-        for rollout, sample, reward, score in zip(group.scored, mine, weights.rewards, weights.scores, strict=True)
+        for rollout, sample, reward, score in zip(group.scored, mine, rewards.rewards, rewards.scores, strict=True)
     ]
-    return told + [response(failed(), STAND_IN, reward, weights.other_score) for reward in weights.others]
+    return told + [response(failed(), STAND_IN, reward, rewards.other_score) for reward in rewards.others]
 
 
 def response(rollout: Rollout, sample: Sample, reward: float, score: float) -> dict[str, Any]:
@@ -110,8 +110,8 @@ def trained(groups: Sequence[Group], chosen: Options, field: str = "returns") ->
 
     `returns` are the advantages before those of some estimators are whitened over the batch.
     """
-    every = [weigh(one.scored, one.failures, chosen, training=True) for one in groups]
-    told = [one for each, weights in zip(groups, every, strict=True) for one in responses(each, weights)]
+    every = [group_rewards(one.scored, one.failures, chosen, training=True) for one in groups]
+    told = [one for each, rewards in zip(groups, every, strict=True) for one in responses(each, rewards)]
     batch = with_advantages(told, arguments(chosen.estimator, groups[0].siblings, **flags(chosen.penalties)))
     numbers = iter([one for [one, *_] in of_samples(batch, field)])
     return [([next(numbers) for _ in one.scored], [next(numbers) for _ in range(one.failures)]) for one in groups]
@@ -234,8 +234,8 @@ def test_flash_reinforce_takes_the_others_for_the_mean(groups: list[Group], pena
 @settings(deadline=None, max_examples=20)
 def test_gae_takes_the_others_for_the_mean(values: list[float]) -> None:
     """What is left of it is the critic's error at the placeholder, which is what a critic learns from."""
-    weights = weigh(group(1.0, 0.0).scored, 2, options("gae"), training=True)
-    told = responses(group(1.0, 0.0, None, None), weights)
+    rewards = group_rewards(group(1.0, 0.0).scored, 2, options("gae"), training=True)
+    told = responses(group(1.0, 0.0, None, None), rewards)
     batch = with_advantages(told, arguments("gae", 4), values)
     assert [number for [*_, number] in of_samples(batch, "returns")] == pytest.approx([1.0, 0.0, 0.5, 0.5], abs=1e-6)
 
@@ -279,8 +279,8 @@ def test_the_two_that_keep_the_spread_cancel_in_the_gradient(loss: PolicyLoss, f
     """They are one and the same sequence, so in one step of the optimizer they push it up and down alike."""
     spoken = [(1.0, (3, 4, 5)), (0.0, (6, 7)), (0.25, (10, 11, 12, 13))]
     one = Group([scored(reward, [turn((1, 2), ids)]) for reward, ids in spoken], failures)
-    weights = weigh(one.scored, failures, options("group_norm"), training=True)
-    batch = with_advantages(responses(one, weights), arguments("group_norm", one.siblings, micro_batch_size=8))
+    rewards = group_rewards(one.scored, failures, options("group_norm"), training=True)
+    batch = with_advantages(responses(one, rewards), arguments("group_norm", one.siblings, micro_batch_size=8))
     [whole] = batch
     advantages = of_samples(batch, "advantages")
     assert max(number for [number] in advantages[3:]) > 0.5, "there is something to cancel"
@@ -317,11 +317,11 @@ def _gradient(loss: PolicyLoss, whole: Any, members: Sequence[int]) -> torch.Ten
 @settings(deadline=None)
 def test_evaluation_tells_the_figures_of_the_scored(prompts: list[tuple[list[float], bool]]) -> None:
     told, chosen = [], options("group_norm", BOTH, filtering=(0.2, 0.3))
-    for number, (rewards, _) in enumerate(prompts):
-        one = Group([said(reward, 9, truncated=True) for reward in rewards], 4 - len(rewards))
-        weights = weigh(one.scored, one.failures, chosen, training=False)
-        assert weights.untrained is None
-        told += [each | {"prompt": str(number)} for each in responses(one, weights)]
+    for number, (scores, _) in enumerate(prompts):
+        one = Group([said(score, 9, truncated=True) for score in scores], 4 - len(scores))
+        rewards = group_rewards(one.scored, one.failures, chosen, training=False)
+        assert rewards.untrained is None
+        told += [each | {"prompt": str(number)} for each in responses(one, rewards)]
     loader = [[["here" if here else "there"], [str(at)], [""], [None]] for at, (_, here) in enumerate(prompts)]
     metrics = compute_eval_metrics(loader, [read(each) for each in told], 4)
     for source, is_here in (("here", True), ("there", False)):
@@ -346,14 +346,14 @@ class Filtered:
         """Which of the groups are trained on, when one at a time is asked for."""
         told = []
         for number, one in enumerate(groups):
-            weights = weigh(one.scored, one.failures, self.options, training=True)
-            told.append([each | {"prompt": number} for each in responses(one, weights)])
+            rewards = group_rewards(one.scored, one.failures, self.options, training=True)
+            told.append([each | {"prompt": number} for each in responses(one, rewards)])
         experiences, consumed, _ = self.generator._generate_vllm(self._loader(told), 1, dynamic_filtering=True)
         assert consumed == experiences[0].prompts[0] + 1 if experiences else consumed == len(groups)
         return list(dict.fromkeys(one.prompts[0] for one in experiences))
 
     def reason(self, one: Group) -> str | None:
-        return weigh(one.scored, one.failures, self.options, training=True).untrained
+        return group_rewards(one.scored, one.failures, self.options, training=True).untrained
 
     def _loader(self, told: list[list[dict[str, Any]]]) -> Iterator[Any]:
         return iter([(None, [one], [None], [None]) for one in told])
@@ -393,10 +393,10 @@ def test_a_group_without_a_score_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("estimator", ["gae", "reinforce", "flash_reinforce"])
 def test_one_alone_teaches_where_no_group_is_compared(estimator: str) -> None:
-    weights = weigh(group(0.5).scored, 3, options(estimator, filtering=(0.0, 1.0)), training=True)
-    assert weights == Weights([0.5], [0.5], [0.5] * 3, 0.5)
+    rewards = group_rewards(group(0.5).scored, 3, options(estimator, filtering=(0.0, 1.0)), training=True)
+    assert rewards == GroupRewards([0.5], [0.5], [0.5] * 3, 0.5)
 
 
 def test_a_whole_group_is_left_as_it_is() -> None:
-    weights = weigh(group(0.1, 0.1, 0.7).scored, 0, options("rloo", BOTH), training=True)
-    assert (list(weights.rewards), list(weights.scores), list(weights.others)) == ([0.1, 0.1, 0.7], [0.1, 0.1, 0.7], [])
+    rewards = group_rewards(group(0.1, 0.1, 0.7).scored, 0, options("rloo", BOTH), training=True)
+    assert (list(rewards.rewards), list(rewards.scores), list(rewards.others)) == ([0.1, 0.1, 0.7], [0.1, 0.1, 0.7], [])

@@ -40,7 +40,7 @@ KEPT_BITS = 14
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class GroupRewards:
     """Rewards and scores for the scored rollouts of a group, in their order, and for the others.
 
     `untrained` is the reason why nothing of the scored ones is learnt, None when it is.
@@ -53,16 +53,18 @@ class Weights:
     untrained: str | None = None
 
 
-def weigh(scored: Sequence[Rollout], others: int, options: Options, *, training: bool) -> Weights:
+def group_rewards(scored: Sequence[Rollout], others: int, options: Options, *, training: bool) -> GroupRewards:
     """What a group is worth of which `scored` (at least one) have a score and `others` have none."""
     plain = [float(rollout.reward) for rollout in scored if rollout.reward is not None]
     mean = fmean(plain)
     if not training:
-        return Weights(plain, plain, [mean] * others, mean)
+        return GroupRewards(plain, plain, [mean] * others, mean)
     if options.estimator in GROUP_RELATIVE and others > 0 and len(scored) < COMPARABLE:
-        return Weights([equal(mean)], plain, [equal(mean)] * others, math.nan if options.filtering else mean, ALONE)
+        return GroupRewards(
+            [equal(mean)], plain, [equal(mean)] * others, math.nan if options.filtering else mean, ALONE
+        )
     rewards, neutral = _rewards(scored, plain, others, options)
-    return Weights(rewards, plain, neutral, mean, _filtered(mean, options))
+    return GroupRewards(rewards, plain, neutral, mean, _filtered(mean, options))
 
 
 def equal(reward: float) -> float:
