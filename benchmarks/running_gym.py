@@ -17,7 +17,7 @@ from gymlink.session import Session
 from gymlink.types import RolloutBatch, RolloutRequest, RolloutStatus, Sampling
 
 
-def settings(root: Path, environment: str, *, concurrency: int, token_ids: str = "capture") -> Settings:
+def settings(root: Path, environment: str, *, concurrency: int, token_ids: str = "gateway") -> Settings:
     return parse_settings(
         {
             "gym": {"root": str(root), "config_paths": [f"resources_servers/{environment}/configs/{environment}.yaml"]},

@@ -18,7 +18,7 @@ from gymlink.errors import ConfigError
 DEFAULT_GYM_VERSION = "0.4.0"
 """The newest NeMo Gym that runs on Python 3.12."""
 
-TokenIdsVia = Literal["capture", "messages"]
+TokenIdsPath = Literal["gateway", "messages"]
 """How the ids of what was sampled reach the trainer: from the gateway alone, or also on Gym's messages."""
 
 
@@ -96,8 +96,8 @@ class GatewaySettings(_Section):
     """0 takes a free port."""
     advertise_host: str | None = None
     """The name under which Gym's servers reach this machine, when it is not `host`."""
-    token_ids: TokenIdsVia = "capture"  # noqa: S105 - no secret
-    """Token ids stay at the gateway (capture), or travel through Gym on its messages too (messages), which also trains
+    token_ids: TokenIdsPath = "gateway"  # noqa: S105 - no secret
+    """Token ids stay at the gateway (gateway), or travel through Gym on its messages too (messages), which also trains
     agents that drop a rollout's id from their calls. It is about the model server that gymlink adds: a `policy_model`
     in your own config files stays as it is."""
     pause_hold_s: float = Field(30.0, ge=0)

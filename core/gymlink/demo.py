@@ -9,23 +9,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gymlink.errors import ConfigError, PluginError
+from gymlink.hookspecs import DemoRequest, DemoResult
 from gymlink.launch import SAYS, GrowingFile
 from gymlink.plugins import find_framework, resolve
 from gymlink.report import Reporter
-
-ENDS = 5
-"""`reward_first` and `reward_last` are means over this many steps."""
-IN_NO_SUMMARY = ("rewards", "least_rise", "least_reward")
-"""Of a result's fields: the curve is in `metrics.jsonl`, and what must hold is not measured."""
 
 MAX_ERRORS = {"max_logprob_error": 1e-4, "max_prob_error": 1e-4, "mean_logprob_error": 1e-3}
 """The limit of each figure that tells how far sampled and recomputed probabilities are apart."""
@@ -54,73 +49,6 @@ class Task:
 
 
 TASK = Task()
-
-
-@dataclass(frozen=True, slots=True)
-class DemoRequest:
-    """What a plugin's demo is asked to do.
-
-    It trains the `keypad` environment found under `environments`, leaves `rollouts.jsonl` in `output`, tells
-    `report` what it waits for, calls `on_start` with the number of steps when training begins and `on_step` after
-    each with that step's figures ("step" and "reward" at least). `arguments` are options of the trainer, in the
-    trainer's own form; a demo refuses those that it cannot use.
-    """
-
-    output: Path
-    environments: Path
-    steps: int | None
-    report: Callable[[str], None]
-    on_start: Callable[[int], None]
-    on_step: Callable[[Mapping[str, float]], None]
-    arguments: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class DemoResult:
-    """What a plugin's demo measured. `rewards` has the mean reward of each step; times are in seconds.
-
-    `max_logprob_error` and `max_prob_error` are the largest differences between a token's log probability, or its
-    probability, as sampled and as the trainer recomputes it; `mean_logprob_error` is the largest mean of a step's
-    (signed) differences of log probabilities. Each is None where a trainer does not tell it; one must be there.
-
-    The demo has succeeded only if the reward rises, to `least_rise` times what it was and to `least_reward` at least.
-    """
-
-    framework: str
-    framework_version: str
-    gym_version: str
-    environment: str
-    steps: int
-    rollouts: int
-    failed: int
-    rewards: Sequence[float]
-    prefix_breaks: int
-    tokens_sampled: int
-    tokens_trained: int
-    tokens_dropped: int
-    max_logprob_error: float | None
-    max_prob_error: float | None
-    seconds_train: float
-    mean_logprob_error: float | None = None
-    least_rise: float = 1.0
-    least_reward: float = 0.0
-
-    @property
-    def reward_first(self) -> float:
-        return fmean(self.rewards[:ENDS])
-
-    @property
-    def reward_last(self) -> float:
-        return fmean(self.rewards[-ENDS:])
-
-    def summary(self, seconds_setup: float) -> dict[str, object]:
-        """The content of `summary.json`."""
-        figures = {name: value for name, value in asdict(self).items() if name not in IN_NO_SUMMARY}
-        return figures | {
-            "reward_first": self.reward_first,
-            "reward_last": self.reward_last,
-            "seconds_setup": round(seconds_setup, 2),
-        }
 
 
 class Watch:

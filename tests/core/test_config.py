@@ -71,5 +71,5 @@ def test_token_ids_stay_at_the_gateway_unless_they_are_asked_to_travel() -> None
     gym = {"gym": {"config_paths": ["a.yaml"]}}
     assert not parse_settings(gym).gateway.ids_travel
     assert parse_settings({**gym, "gateway": {"token_ids": "messages"}}).gateway.ids_travel
-    with pytest.raises(ConfigError, match=r"gateway\.token_ids: .* 'capture' or 'messages' \(got 'both'\)"):
+    with pytest.raises(ConfigError, match=r"gateway\.token_ids: .* 'gateway' or 'messages' \(got 'both'\)"):
         parse_settings({**gym, "gateway": {"token_ids": "both"}})

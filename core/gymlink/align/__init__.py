@@ -1,7 +1,7 @@
 """Messages and token ids kept in step: every prompt continues exactly what was sampled, or says why it does not."""
 
 from gymlink.align.base import ChatFormat, FormatReport, Parsed, Tokenizer, ToolCall
-from gymlink.align.canonical import Canonical, canonical, split_reasoning
+from gymlink.align.canonical import Canonical, canonical, digest, split_reasoning
 from gymlink.align.format import load_format
 from gymlink.align.history import Check
 from gymlink.align.record import PendingPlan, PromptPlan, RolloutRecord
@@ -24,6 +24,7 @@ __all__ = [
     "ToolCall",
     "build_segments",
     "canonical",
+    "digest",
     "load_format",
     "segment_of",
     "split_reasoning",

@@ -10,8 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from gymlink.align import canonical
-from gymlink.align.canonical import digest
+from gymlink.align import canonical, digest
 from gymlink.gateway.rollouts import OpenRollout
 from gymlink.types import Message, Turn
 

@@ -14,44 +14,33 @@ from typing import Any, Protocol
 
 import aiohttp
 import orjson
-import yaml
 
 from gymlink.errors import GymRequestError
 
 _SHOWN = 500
 """Characters of an error answer that a message holds."""
-_HEAD_TIMEOUT_S = 10.0
 
 
 class Addresses(Protocol):
-    """Where a Gym answers; `GymServers` is one."""
+    """Where a Gym's agents answer; `GymServers` is one."""
 
-    @property
-    def head_url(self) -> str: ...
     @property
     def agents(self) -> Mapping[str, str]:
         """Base URL by agent name."""
         ...
 
 
-class _Address:
-    def __init__(self, head_url: str) -> None:
-        self.head_url = head_url
-        self.agents: Mapping[str, str] = {}
-
-
 class GymClient:
     """An asyncio client of a running Gym; an async context manager, used within one event loop.
 
     Args:
-        gym: a running Gym, or the URL of its head server, which is asked for the agents on the first row.
+        gym: a running Gym.
         connections: calls in flight at a time; more wait, on their own deadline.
         secret: the bearer token that these addresses ask for; Gym's own ask for none.
     """
 
-    def __init__(self, gym: Addresses | str, *, connections: int = 1024, secret: str | None = None) -> None:
-        self._gym = _Address(gym.rstrip("/")) if isinstance(gym, str) else gym
-        self._agents: Mapping[str, str] = self._gym.agents
+    def __init__(self, gym: Addresses, *, connections: int = 1024, secret: str | None = None) -> None:
+        self._agents = gym.agents
         self._connections = connections
         self._headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self._opened: aiohttp.ClientSession | None = None
@@ -66,8 +55,6 @@ class GymClient:
             GymRequestError: kind "http" (an error status, the rollout failed in Gym), "connection" (no server, or it
                 hung up), "timeout" (no answer within `timeout_s`) or "answer" (not what /run promises).
         """
-        if not self._agents:
-            self._agents = await self._find_agents()
         url = self._agents.get(agent)
         if url is None:
             known = ", ".join(sorted(self._agents)) or "none"
@@ -78,23 +65,6 @@ class GymClient:
                 f"agent {agent!r} answered without a reward: {_short(orjson.dumps(answer))}", kind="answer", status=200
             )
         return answer
-
-    async def server_instances(self) -> list[dict[str, Any]]:
-        """What the head server knows of each server: name, type, URL, pid and more. Empty while Gym starts."""
-        answer = await self._head("/server_instances")
-        if not isinstance(answer, list):
-            raise GymRequestError(
-                f"/server_instances answered {_short(orjson.dumps(answer))}, not a list.", kind="answer"
-            )
-        return answer
-
-    async def global_config(self) -> dict[str, Any]:
-        """Gym's whole configuration, with interpolations left as they are written."""
-        answer = await self._head("/global_config_dict_yaml")
-        config = yaml.safe_load(answer) if isinstance(answer, str) else None
-        if not isinstance(config, dict):
-            raise GymRequestError("/global_config_dict_yaml did not answer with a mapping.", kind="answer")
-        return config
 
     async def close(self) -> None:
         if self._opened is not None:
@@ -118,15 +88,6 @@ class GymClient:
                 timeout=aiohttp.ClientTimeout(total=None),
             )
         return self._opened
-
-    async def _find_agents(self) -> dict[str, str]:
-        # Here, not above: this module is also used without what starts Gym.
-        from gymlink.gym.servers import agents_of
-
-        return agents_of(await self.global_config(), self._gym.head_url)
-
-    async def _head(self, path: str) -> Any:
-        return await self._call("GET", self._gym.head_url + path, _HEAD_TIMEOUT_S, what="Gym's head server")
 
     async def _call(self, method: str, url: str, timeout_s: float, *, what: str, body: bytes | None = None) -> Any:
         started = time.monotonic()

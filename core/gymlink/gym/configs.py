@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gymlink.config import TokenIdsVia
+from gymlink.config import TokenIdsPath
 from gymlink.errors import ConfigError
 from gymlink.gym.guard import GuardedProcess
 from gymlink.gym.install import (
@@ -27,8 +27,8 @@ from gymlink.gym.install import (
     last_lines,
 )
 
-MODEL_CONFIGS: Mapping[TokenIdsVia, str] = {
-    "capture": "responses_api_models/vllm_model/configs/vllm_model.yaml",
+MODEL_CONFIGS: Mapping[TokenIdsPath, str] = {
+    "gateway": "responses_api_models/vllm_model/configs/vllm_model.yaml",
     "messages": "responses_api_models/vllm_model/configs/vllm_model_for_training.yaml",
 }
 """Gym's model server, without and with token ids on its messages; added when the configuration has no `policy_model` of
@@ -114,7 +114,7 @@ def plan(
     config_paths: Sequence[str],
     overrides: Sequence[str],
     *,
-    token_ids: TokenIdsVia,
+    token_ids: TokenIdsPath,
     root: Path,
     cwd: Path,
     env: Mapping[str, str],

@@ -31,7 +31,7 @@ import psutil
 import yaml
 from uv import find_uv_bin
 
-from gymlink.config import GymSettings, TokenIdsVia
+from gymlink.config import GymSettings, TokenIdsPath
 from gymlink.errors import ConfigError, GymError, GymStartError
 from gymlink.gym.configs import POLICY_KEY_VARIABLE, Plan, plan, server_instances
 from gymlink.gym.guard import GuardedProcess
@@ -153,7 +153,7 @@ def start_gym(
     policy_base_url: str | Sequence[str],
     policy_api_key: str,
     policy_model_name: str = "policy",
-    token_ids: TokenIdsVia = "capture",  # noqa: S107 - no secret
+    token_ids: TokenIdsPath = "gateway",  # noqa: S107 - no secret
     run_dir: Path,
     report: Report,
 ) -> GymServers:
@@ -315,11 +315,6 @@ def _is_free(host: str, port: int) -> bool:
 
 def _reachable(host: str) -> str:
     return "127.0.0.1" if host in {"0.0.0.0", "::", ""} else host  # noqa: S104  (an address to replace, not to bind)
-
-
-def agents_of(config: Mapping[str, Any], head_url: str) -> dict[str, str]:
-    """Name to base URL of the agents in a whole Gym config."""
-    return {server.name: server.url for server in _servers(config, [], head_url).values() if server.kind == AGENTS}
 
 
 def _servers(config: Mapping[str, Any], instances: Sequence[Mapping[str, Any]], head_url: str) -> dict[str, Server]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from gymlink.align.segments import HISTORY_REWRITTEN, OTHER_BRANCH
+from gymlink.align import HISTORY_REWRITTEN, OTHER_BRANCH
 from gymlink.rollout.figures import Figures
 from gymlink.rollout.outcome import FAILED, FAILED_ATTEMPT
 from gymlink.types import ForkCause, RolloutStatus

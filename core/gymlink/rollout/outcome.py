@@ -82,7 +82,7 @@ def scored(
     if claimed.unknown:
         return failed(rollout, "alignment", _why_not_claimed(claimed))
     if not claimed.turns:
-        return failed(rollout, "no_model_call", _why_no_call(strangers, capture=claims is None))
+        return failed(rollout, "no_model_call", _why_no_call(strangers, ids_travel=claims is not None))
     return _trained(rollout, answer, alignment, claimed.turns, len(claimed.turns) - 1)
 
 
@@ -103,12 +103,12 @@ def _trained(
     )
 
 
-def _why_no_call(strangers: int, *, capture: bool) -> str:
+def _why_no_call(strangers: int, *, ids_travel: bool) -> str:
     if not strangers:
         return "The agent answered without calling the policy: nothing to train."
     told = f"No call of the policy named this rollout; {strangers} came without an id while it ran"
     passed_on = "or have the agent pass on responses_create_params.metadata"
-    if capture:
+    if not ids_travel:
         return f"{told}. Set gateway.token_ids: messages, {passed_on}."
     return (
         f"{told}, and Gym told no token ids. Set return_token_id_information: true for the "

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from gymlink.align import segment_of
-from gymlink.gateway.wire import ID_FIELDS
+from gymlink.gateway import ID_FIELDS
 from gymlink.rollout.figures import Figures
 from gymlink.rollout.response import output_items
 from gymlink.types import ForkCause, Logprobs, Rollout, Segment, Turn

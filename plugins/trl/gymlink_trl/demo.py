@@ -14,8 +14,9 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from gymlink.config import parse_settings
-from gymlink.demo import TASK, DemoRequest, DemoResult
+from gymlink.demo import TASK
 from gymlink.errors import PluginError
+from gymlink.hookspecs import DemoRequest, DemoResult
 from gymlink_tiny import make_model, make_tokenizer
 from gymlink_trl.dataset import gym_dataset
 from gymlink_trl.quiet import quiet_trainer

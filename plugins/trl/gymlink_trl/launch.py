@@ -17,9 +17,7 @@ from rich.console import Console
 from gymlink import runfile
 from gymlink.errors import ConfigError
 from gymlink.report import Reporter
-
-PERHAPS_PATHS = ("model_name_or_path", "resume_from_checkpoint", "deepspeed")
-"""Fields that may be a path: relative to the run file's folder when it is there."""
+from gymlink_trl.options import OPTIONAL_PATHS
 
 
 def train(config: Path, arguments: Sequence[str]) -> None:
@@ -40,7 +38,7 @@ def check_files(config: Path, arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: a file is missing or cannot work, or a field that names one is left out.
     """
-    values = runfile.resolve_paths(runfile.read_run_file(config), config.resolve().parent, PERHAPS_PATHS)
+    values = runfile.resolve_paths(runfile.read_run_file(config), config.resolve().parent, OPTIONAL_PATHS)
     runfile.check_files(config, {**values, **_named_files(arguments)})
 
 

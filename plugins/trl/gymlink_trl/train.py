@@ -25,7 +25,7 @@ from gymlink.errors import ConfigError
 from gymlink.report import Reporter
 from gymlink.runfile import read_run_file, resolve_paths
 from gymlink_trl.dataset import gym_dataset
-from gymlink_trl.launch import PERHAPS_PATHS
+from gymlink_trl.options import OPTIONAL_PATHS
 from gymlink_trl.quiet import quiet_trainer
 from gymlink_trl.rollout import Check, GymRollout, gym_reward
 from gymlink_trl.support import check_arguments, check_row_count, freeze_garbage
@@ -126,7 +126,7 @@ def parse(config: Path, arguments: Sequence[str]) -> tuple[GymArguments, GRPOCon
         os.environ[name] = str(value)
     _refuse_unknown(values, where=str(config))
     parser = _Parser(ARGUMENTS, prog="gymlink train trl")
-    parser.set_defaults_with_config(**resolve_paths(values, config.resolve().parent, PERHAPS_PATHS))
+    parser.set_defaults_with_config(**resolve_paths(values, config.resolve().parent, OPTIONAL_PATHS))
     try:
         gym, training, model, rest = parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
     except (ValueError, ImportError) as error:

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from gymlink.demo import TASK, DemoRequest, DemoResult, Watch
+from gymlink.demo import TASK, Watch
 from gymlink.errors import PluginError, RolloutError
+from gymlink.hookspecs import DemoRequest, DemoResult
 from gymlink.launch import GrowingFile
 from gymlink_ray.job import GYM_FILE
 from gymlink_verl.launch import run_verl

@@ -31,6 +31,8 @@ from gymlink.align.template import PROBE_TOOL
 from gymlink.errors import AlignmentError, ConfigError
 from gymlink.types import FinishReason, ForkCause
 
+pytestmark = pytest.mark.matrix
+
 Messages = list[Message]
 Outcome = Literal["exact", "forked", "refused"]
 

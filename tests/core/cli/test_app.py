@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 import gymlink
 from gymlink import demo, plugins
 from gymlink.cli import app
-from gymlink.demo import DemoRequest, DemoResult, environments_root
+from gymlink.demo import environments_root
 from gymlink.errors import PluginError
-from gymlink.hookspecs import Framework
+from gymlink.hookspecs import DemoRequest, DemoResult, Framework
 from gymlink.plugins import load_plugins
 
 

@@ -12,19 +12,11 @@ from gymlink.errors import GymRequestError
 from gymlink.gym import GymClient
 
 NESTED = b'"Hit an exception in Agent calling an inner server: b\'\\"boom\\"\'"'
-CONFIG = """
-good:
-  responses_api_agents:
-    simple_agent: {entrypoint: app.py, host: 127.0.0.1, port: PORT}
-policy_model:
-  responses_api_models:
-    vllm_model: {entrypoint: app.py, host: 127.0.0.1, port: 1}
-"""
 
 
 class Gym:
     def __init__(self) -> None:
-        self.head_url = ""
+        self.url = ""
         self.cookies: list[str | None] = []
         self.ports: set[Any] = set()
         self.at_once = self.most_at_once = 0
@@ -32,7 +24,7 @@ class Gym:
     @property
     def agents(self) -> dict[str, str]:
         names = ("good", "slow", "broken", "garbage", "no_reward", "hangs_up", "counting")
-        return {name: f"{self.head_url}/{name}" for name in names} | {"absent": "http://127.0.0.1:9"}
+        return {name: f"{self.url}/{name}" for name in names} | {"absent": "http://127.0.0.1:9"}
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.cookies.append(request.headers.get("Cookie"))
@@ -58,12 +50,6 @@ class Gym:
         response.set_cookie("session", "mine")
         return response
 
-    async def instances(self, _: web.Request) -> web.Response:
-        return web.json_response([{"process_name": "good"}])
-
-    async def config(self, _: web.Request) -> web.Response:
-        return web.json_response(CONFIG.replace("PORT", self.head_url.rsplit(":")[-1]))
-
 
 @pytest.fixture
 async def gym() -> AsyncIterator[Gym]:
@@ -71,12 +57,10 @@ async def gym() -> AsyncIterator[Gym]:
     app = web.Application()
     app.router.add_post("/{agent}/run", gym.answer)
     app.router.add_post("/run", gym.answer)
-    app.router.add_get("/server_instances", gym.instances)
-    app.router.add_get("/global_config_dict_yaml", gym.config)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    gym.head_url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    gym.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     yield gym
     await runner.cleanup()
 
@@ -135,15 +119,6 @@ async def test_a_long_error_keeps_both_ends(gym: Gym) -> None:
             await client.run("garbage", {}, timeout_s=5)
     assert len(str(raised.value)) < 700
     assert str(raised.value).endswith("</html>")
-
-
-async def test_the_head_server_is_enough(gym: Gym) -> None:
-    async with GymClient(gym.head_url) as client:
-        assert await client.server_instances() == [{"process_name": "good"}]
-        assert "policy_model" in await client.global_config()
-        assert (await client.run("good", {"a": 1}, timeout_s=5))["row"] == {"a": 1}
-        with pytest.raises(GymRequestError, match="No agent 'policy_model' runs; running: good"):
-            await client.run("policy_model", {}, timeout_s=5)
 
 
 async def test_it_works_on_a_loop_in_another_thread(gym: Gym) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gymlink.config import GymSettings, TokenIdsVia
+from gymlink.config import GymSettings, TokenIdsPath
 from gymlink.demo import environments_root
 from gymlink.gym import prepare_gym
 from gymlink.gym.configs import MODEL_CONFIGS, Plan, plan, server_instances
@@ -33,7 +33,7 @@ def test_servers_are_told_from_other_settings() -> None:
 def planned(tmp_path: Path) -> Callable[..., Plan]:
     gym = prepare_gym(GymSettings(config_paths=(KEYPAD,)), print)
 
-    def planned(*own: dict[str, Any], overrides: Sequence[str] = (), token_ids: TokenIdsVia = "capture") -> Plan:
+    def planned(*own: dict[str, Any], overrides: Sequence[str] = (), token_ids: TokenIdsPath = "gateway") -> Plan:
         paths = [KEYPAD]
         for number, content in enumerate(own):
             path = tmp_path / f"{number}.yaml"
@@ -52,8 +52,8 @@ def policy_model(**settings: Any) -> dict[str, Any]:
 @pytest.mark.gym
 @pytest.mark.slow
 class TestTheModelServer:
-    @pytest.mark.parametrize("token_ids", ["capture", "messages"])
-    def test_is_added_where_there_is_none(self, planned: Callable[..., Plan], token_ids: TokenIdsVia) -> None:
+    @pytest.mark.parametrize("token_ids", ["gateway", "messages"])
+    def test_is_added_where_there_is_none(self, planned: Callable[..., Plan], token_ids: TokenIdsPath) -> None:
         found = planned(token_ids=token_ids)
         assert found.config_paths[0] == MODEL_CONFIGS[token_ids]
         assert [*found.servers["policy_model"]] == ["responses_api_models", "vllm_model"]
@@ -62,7 +62,7 @@ class TestTheModelServer:
     def test_is_added_below_a_few_fields_of_the_users(self, planned: Callable[..., Plan], by_override: bool) -> None:
         own = [] if by_override else [policy_model(uses_reasoning_parser=False)]
         found = planned(*own, overrides=[f"++{FIELD}=false"] if by_override else [])
-        assert found.config_paths[0] == MODEL_CONFIGS["capture"]
+        assert found.config_paths[0] == MODEL_CONFIGS["gateway"]
         assert "policy_model" in found.servers
 
     def test_of_the_user_stays_alone(self, planned: Callable[..., Plan]) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gymlink.demo import DemoRequest, environments_root
+from gymlink.demo import environments_root
 from gymlink.errors import PluginError
+from gymlink.hookspecs import DemoRequest
 from gymlink_trl.demo import run
 
 
