@@ -23,7 +23,7 @@ from starlette.routing import Route
 from gymlink.config import PolicySettings, Settings
 from gymlink.engines import Engine
 from gymlink.errors import GymError, GymStartError, RolloutError
-from gymlink.gateway import POLICY, PolicyService, Router
+from gymlink.gateway import POLICY, PolicyService, Router, Totals
 from gymlink.gym import GymServers, attach_gym, capture_folder, start_gym
 from gymlink.host import check_policy_url, find_attached, policy_key
 from gymlink.rollout import OnRollout, Recorder
@@ -98,6 +98,7 @@ class Session:
         self._gym: GymServers | None = None
         self._recorder: Recorder | None = None
         self._batches = 0
+        self._ledger = _Ledger(self._worker.service.totals)
 
     @property
     def service(self) -> PolicyService:
@@ -201,18 +202,38 @@ class Session:
         sampling: Sampling | None = None,
         on_rollout: OnRollout | None = None,
     ) -> RolloutBatch:
-        """Collect one rollout per request, and wait for all of them.
+        """Collect one rollout per request, and wait for all of them. Other collections may be under way.
 
         `sampling` replaces the session's for this batch. `on_rollout` is called from the session's thread.
 
         Raises:
             RolloutError: too many of the batch failed. GymError: a server of the Gym that was started here has died.
         """
-        loop = self._running_loop
-        before = self.service.totals.attributed_tokens
-        collected = loop.run(self.collecting(requests, sampling=sampling, on_rollout=on_rollout))
-        _check_conservation(self.service.totals.attributed_tokens - before, collected)
-        return collected
+        return self._running_loop.run(self._collecting(requests, sampling, on_rollout))
+
+    def submit(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        sampling: Sampling | None = None,
+        on_rollout: OnRollout | None = None,
+    ) -> Future[RolloutBatch]:
+        """Begin to collect, and do not wait: `collect`'s batch, or its error, is the future's.
+
+        Any number of collections may be under way. Cancelling the future ends the rollouts of its batch.
+        """
+        return self._running_loop.submit(self._collecting(requests, sampling, on_rollout))
+
+    async def _collecting(
+        self, requests: Sequence[RolloutRequest], sampling: Sampling | None, on_rollout: OnRollout | None
+    ) -> RolloutBatch:
+        self._ledger.begin()
+        batch = None
+        try:
+            batch = await self.collecting(requests, sampling=sampling, on_rollout=on_rollout)
+        finally:
+            self._ledger.end(batch)
+        return batch
 
     async def collecting(
         self,
@@ -221,7 +242,7 @@ class Session:
         sampling: Sampling | None = None,
         on_rollout: OnRollout | None = None,
     ) -> RolloutBatch:
-        """`collect`, for those who are on the session's own event loop; several may be under way at a time."""
+        """`collect`, for those who are on the session's own event loop; what was sampled is not counted anew."""
         recorder = self._recorder
         if recorder is None:
             raise _not_started()
@@ -288,15 +309,45 @@ def _not_started() -> GymError:
     return GymError("The session is not started: call start(), or use it as a context manager.")
 
 
-def _check_conservation(sampled: int, batch: RolloutBatch) -> None:
-    """What the engine sampled, counted where it came out, must be what the rollouts say that they sampled."""
-    told = sum(rollout.sampled_tokens for rollout in batch.rollouts)
-    accounted = sum(rollout.trained_tokens + sum(rollout.dropped.values()) for rollout in batch.rollouts)
-    if not sampled == told == accounted:
-        raise RolloutError(
-            f"The engine sampled {sampled} tokens for this batch; its rollouts tell of {told}, and {accounted} are "
-            "trained or counted as dropped. Please report this: it is a defect of gymlink."
-        )
+class _Ledger:
+    """Holds what the engine sampled against what the rollouts tell, over collections that may overlap.
+
+    A batch must account for what its own rollouts sampled. What the engine counted where it came out is compared once
+    no collection is under way, since only then it is known whose every token is.
+    """
+
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
+        self._under_way = 0
+        self._before = self._told = 0
+        self._all_told = True
+
+    def begin(self) -> None:
+        """A collection begins."""
+        if not self._under_way:
+            self._before, self._told, self._all_told = self._totals.attributed_tokens, 0, True
+        self._under_way += 1
+
+    def end(self, batch: RolloutBatch | None) -> None:
+        """A collection has ended, with a batch or without one.
+
+        Raises:
+            RolloutError: a sampled token is in no rollout, or neither trained nor counted as dropped.
+        """
+        self._under_way -= 1
+        if batch is None:  # nobody tells what its rollouts sampled
+            self._all_told = False
+            return
+        told = sum(rollout.sampled_tokens for rollout in batch.rollouts)
+        accounted = sum(rollout.trained_tokens + sum(rollout.dropped.values()) for rollout in batch.rollouts)
+        self._told += told
+        sampled = self._totals.attributed_tokens - self._before
+        comparable = not self._under_way and self._all_told
+        if told != accounted or (comparable and sampled != self._told):
+            raise RolloutError(
+                f"The engine sampled {sampled} tokens; the rollouts tell of {self._told}. Of {told} in this batch "
+                f"{accounted} are trained or counted as dropped. Please report this: it is a defect of gymlink."
+            )
 
 
 class _LoopThread:
@@ -309,12 +360,16 @@ class _LoopThread:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the loop and wait. An interrupt here cancels it."""
-        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self.submit(work)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run `work` on the loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

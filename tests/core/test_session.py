@@ -68,7 +68,7 @@ def test_tokens_that_no_rollout_tells_of_stop_the_run(session: Session) -> None:
     def lost(rollout: Rollout) -> None:
         session.service.totals.sampled_tokens += 1
 
-    with pytest.raises(RolloutError, match=r"sampled 8 tokens for this batch; its rollouts tell of 6, and 6 are"):
+    with pytest.raises(RolloutError, match=r"sampled 8 tokens; the rollouts tell of 6\. Of 6 in this batch 6 are"):
         session.collect(REQUESTS, on_rollout=lost)
 
 
@@ -76,7 +76,7 @@ def test_tokens_that_are_neither_trained_nor_counted_as_dropped_stop_the_run(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outcome, "build_segments", lambda *_, **__: ((), {}))
-    with pytest.raises(RolloutError, match=r"sampled 6 tokens for this batch; its rollouts tell of 6, and 0 are"):
+    with pytest.raises(RolloutError, match=r"sampled 6 tokens; the rollouts tell of 6\. Of 6 in this batch 0 are"):
         session.collect(REQUESTS)
 
 
@@ -93,3 +93,35 @@ def test_rollouts_wait_while_the_session_is_paused(session: Session) -> None:
         session.resume()
         turns = [turn for rollout in collecting.result(10).rollouts for turn in rollout.turns]
     assert [turn.weight_version for turn in turns] == [5, 5]
+
+
+def test_collections_may_overlap(session: Session) -> None:
+    session.pause()  # so that all of them are under way at once
+    futures = [session.submit(REQUESTS) for _ in range(4)]
+    assert not any(future.done() for future in futures)
+    session.resume()
+    assert [[one.trained_tokens for one in future.result(10).rollouts] for future in futures] == [[3, 3]] * 4
+    assert session.service.totals.attributed_tokens == 24
+
+
+def test_a_token_that_is_lost_while_collections_overlap_is_noticed(session: Session) -> None:
+    def lost(rollout: Rollout) -> None:
+        session.service.totals.sampled_tokens += 1
+
+    session.pause()
+    futures = [session.submit(REQUESTS, on_rollout=lost), session.submit(REQUESTS)]
+    session.resume()
+    errors = [future.exception(10) for future in futures]
+    assert [type(error) for error in errors if error] == [RolloutError]
+    assert "sampled 14 tokens; the rollouts tell of 12" in str(next(filter(None, errors)))
+
+
+def test_a_collection_that_is_cancelled_ends_its_own_rollouts(session: Session) -> None:
+    session.pause()
+    given_up, kept = session.submit(REQUESTS), session.submit(REQUESTS)
+    assert given_up.cancel()
+    while len(session.service.rollouts) > len(REQUESTS):
+        session.drain(0.01)
+    session.resume()
+    assert [rollout.trained_tokens for rollout in kept.result(10).rollouts] == [3, 3]
+    assert [rollout.trained_tokens for rollout in session.collect(REQUESTS).rollouts] == [3, 3]
