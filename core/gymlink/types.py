@@ -17,6 +17,8 @@ from gymlink.packed import Logprobs, Mask, Packed, TokenIds, pack
 
 __all__ = [
     "CallIds",
+    "DropReason",
+    "FailureKind",
     "FinishReason",
     "ForkCause",
     "Generation",
@@ -102,6 +104,48 @@ class ForkCause(StrEnum):
     """The message carries token ids that this rollout did not sample."""
     RESTARTED = "restarted"
     """Nothing was rewritten: the same prompt came again, or a conversation of its own began (a sub-agent)."""
+
+
+class FailureKind(StrEnum):
+    """Why a rollout has no score. What Gym itself marked as failed has the kind `gym_` and Gym's own word for it."""
+
+    TIMEOUT = "timeout"
+    """No result within `rollout.deadline_s`."""
+    HTTP = "http"
+    """Gym answered with an error."""
+    CONNECTION = "connection"
+    """A Gym server could not be reached, or broke off."""
+    ANSWER = "answer"
+    """Gym's answer holds no finite reward."""
+    ENGINE = "engine"
+    """The policy could not generate."""
+    CONTEXT_OVERFLOW = "context_overflow"
+    """The first prompt already exceeds the policy's context."""
+    NO_MODEL_CALL = "no_model_call"
+    """The agent never called the policy."""
+    ALIGNMENT = "alignment"
+    """The sampled turns do not fit together."""
+
+
+class DropReason(StrEnum):
+    """Why a sampled token is trained in no segment."""
+
+    FAILED = "failed"
+    """Its rollout failed, in its last attempt."""
+    FAILED_ATTEMPT = "failed_attempt"
+    """It was sampled in an attempt before the last."""
+    OTHER_BRANCH = "other_branch"
+    """It is on a branch that does not end in the final response, and only the final one is trained."""
+    HISTORY_REWRITTEN = "history_rewritten"
+    """Its rollout's history was rewritten, and such rollouts are not trained."""
+    UNDELIVERED = "undelivered"
+    """Nobody read the answer that it is in."""
+    OVER_LENGTH = "over_length"
+    """It stands beyond the trainer's limit of a response."""
+    ALONE_IN_GROUP = "alone_in_group"
+    """Too few rollouts of its group were scored to be compared."""
+    FILTERED = "filtered"
+    """The trainer's dynamic filtering left its group out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +277,8 @@ class Rollout:
     """What became of one request.
 
     `segments` is empty for a failed rollout. `segments[-1]` is the branch that ends in the final response.
-    `failure` names the kind ("timeout", "http", "engine", ...) and `detail` says what happened.
-    `dropped` counts sampled tokens that no segment trains, by reason: with the segments' trained tokens it adds
+    `failure` is a `FailureKind` or Gym's own mark, and `detail` says what happened.
+    `dropped` counts sampled tokens that no segment trains, by `DropReason`: with the segments' trained tokens it adds
     up to `sampled_tokens`, over all attempts.
     """
 

@@ -5,12 +5,10 @@ from gymlink.align.canonical import Canonical, canonical, digest, split_reasonin
 from gymlink.align.format import load_format
 from gymlink.align.history import Check
 from gymlink.align.record import PendingPlan, PromptPlan, RolloutRecord
-from gymlink.align.segments import HISTORY_REWRITTEN, OTHER_BRANCH, build_segments, segment_of
+from gymlink.align.segments import build_segments, segment_of
 from gymlink.align.suffix import TemplateFormat
 
 __all__ = [
-    "HISTORY_REWRITTEN",
-    "OTHER_BRANCH",
     "Canonical",
     "ChatFormat",
     "Check",

@@ -9,15 +9,10 @@ is one training sequence, and each sampled token is trained in exactly one of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import Literal
 
 from gymlink.errors import AlignmentError
-from gymlink.types import Logprobs, Mask, Segment, TokenIds, Turn
-
-OTHER_BRANCH: Final = "other_branch"
-"""Sampled on a branch that does not end in the final response, and only the final one is trained."""
-HISTORY_REWRITTEN: Final = "history_rewritten"
-"""Sampled in a rollout whose history was rewritten, and such rollouts are not trained."""
+from gymlink.types import DropReason, Logprobs, Mask, Segment, TokenIds, Turn
 
 
 def build_segments(
@@ -55,11 +50,11 @@ def build_segments(
     sampled = sum(len(turn.completion_ids) for turn in turns)
     path = _path(turns, final)
     if on_history_rewrite == "mask":
-        return (segment_of(turns, final, trained=()),), _counted(HISTORY_REWRITTEN, sampled)
+        return (segment_of(turns, final, trained=()),), _counted(DropReason.HISTORY_REWRITTEN, sampled)
 
     last = segment_of(turns, final, trained=path)
     if on_history_rewrite == "last":
-        return (last,), _counted(OTHER_BRANCH, sampled - last.trained_tokens)
+        return (last,), _counted(DropReason.OTHER_BRANCH, sampled - last.trained_tokens)
 
     taken = set(path)
     branches: list[Segment] = []
@@ -72,7 +67,7 @@ def build_segments(
     return (*branches, last), {}
 
 
-def _counted(reason: str, tokens: int) -> Mapping[str, int]:
+def _counted(reason: DropReason, tokens: int) -> Mapping[str, int]:
     return {reason: tokens} if tokens else {}
 
 

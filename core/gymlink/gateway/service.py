@@ -22,7 +22,7 @@ from gymlink.gateway.rollouts import OpenRollout, OpenRollouts, RolloutClosedErr
 from gymlink.gateway.strangers import Strangers
 from gymlink.gateway.unclaimed import Unclaimed
 from gymlink.gateway.wire import OVERFLOW, WireError, hung_up, invalid
-from gymlink.types import CallIds, Generation, Sampling, TokenIds, Turn
+from gymlink.types import CallIds, DropReason, Generation, Sampling, TokenIds, Turn
 
 POLICY = "policy"
 """The name under which the policy is listed, when no other is given."""
@@ -188,7 +188,7 @@ class PolicyService:
             raise not_open(rollout_id)
         if not heard:
             # Nobody read this answer, so no later turn can build on it: a client that tries again samples anew.
-            rollout.undelivered["undelivered"] += len(generation.token_ids)
+            rollout.undelivered[DropReason.UNDELIVERED] += len(generation.token_ids)
             raise hung_up()
         return self._answer(rollout, call, plan, generation)
 

@@ -16,6 +16,7 @@ import aiohttp
 import orjson
 
 from gymlink.errors import GymRequestError
+from gymlink.types import FailureKind
 
 _SHOWN = 500
 """Characters of an error answer that a message holds."""
@@ -58,11 +59,13 @@ class GymClient:
         url = self._agents.get(agent)
         if url is None:
             known = ", ".join(sorted(self._agents)) or "none"
-            raise GymRequestError(f"No agent {agent!r} runs; running: {known}.", kind="connection")
+            raise GymRequestError(f"No agent {agent!r} runs; running: {known}.", kind=FailureKind.CONNECTION)
         answer = await self._call("POST", f"{url}/run", timeout_s, what=f"agent {agent!r}", body=orjson.dumps(row))
         if not isinstance(answer, dict) or not isinstance(answer.get("reward"), int | float):
             raise GymRequestError(
-                f"agent {agent!r} answered without a reward: {_short(orjson.dumps(answer))}", kind="answer", status=200
+                f"agent {agent!r} answered without a reward: {_short(orjson.dumps(answer))}",
+                kind=FailureKind.ANSWER,
+                status=200,
             )
         return answer
 
@@ -100,19 +103,25 @@ class GymClient:
                     content = await response.read()
         except TimeoutError as error:
             waited = time.monotonic() - started
-            raise GymRequestError(f"{what} did not answer within {waited:.1f} s ({url}).", kind="timeout") from error
+            raise GymRequestError(
+                f"{what} did not answer within {waited:.1f} s ({url}).", kind=FailureKind.TIMEOUT
+            ) from error
         except aiohttp.ClientError as error:
             reason = str(error) or type(error).__name__
-            raise GymRequestError(f"{what} cannot be reached at {url}: {reason}.", kind="connection") from error
+            raise GymRequestError(
+                f"{what} cannot be reached at {url}: {reason}.", kind=FailureKind.CONNECTION
+            ) from error
         if response.status >= 400:  # noqa: PLR2004
             raise GymRequestError(
-                f"{what} answered {response.status}: {_short(content)}", kind="http", status=response.status
+                f"{what} answered {response.status}: {_short(content)}", kind=FailureKind.HTTP, status=response.status
             )
         try:
             return orjson.loads(content)
         except orjson.JSONDecodeError as error:
             raise GymRequestError(
-                f"{what} answered with what is not JSON: {_short(content)}", kind="answer", status=response.status
+                f"{what} answered with what is not JSON: {_short(content)}",
+                kind=FailureKind.ANSWER,
+                status=response.status,
             ) from error
 
 

@@ -6,10 +6,9 @@ from gymlink.rollout.figures import Figures, check_conservation, describe_failur
 from gymlink.rollout.metrics import batch_metrics
 from gymlink.rollout.neutral import NeutralRewards, neutral_rewards
 from gymlink.rollout.recorder import Recorder, recorded_segments, recorded_turns
-from gymlink.rollout.siblings import ALONE, Group, Siblings
+from gymlink.rollout.siblings import Group, Siblings
 
 __all__ = [
-    "ALONE",
     "Claims",
     "Collector",
     "Figures",

@@ -22,8 +22,8 @@ from gymlink.gateway import ROLLOUT_FIELD, OpenRollout, PolicyService, new_rollo
 from gymlink.rollout.claims import Claims
 from gymlink.rollout.figures import Figures, refuse_if_too_many_failed
 from gymlink.rollout.metrics import batch_metrics
-from gymlink.rollout.outcome import FAILED_ATTEMPT, Outcome, failed, scored
-from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling
+from gymlink.rollout.outcome import Outcome, failed, scored
+from gymlink.types import DropReason, FailureKind, Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Collector:
             async with asyncio.timeout(timeout_s):
                 answer = await self._gym.run(agent, row, timeout_s=timeout_s)
         except TimeoutError:
-            answer = GymRequestError("the deadline has passed", kind="timeout")
+            answer = GymRequestError("the deadline has passed", kind=FailureKind.TIMEOUT)
         except GymRequestError as error:
             answer = error
         finally:
@@ -144,12 +144,12 @@ class Collector:
         return self._scored(rollout, answer, self._policy.totals.unattributed_calls - strangers)
 
     def _failed(self, rollout: OpenRollout, error: GymRequestError) -> Outcome:
-        if error.kind == "timeout":
+        if error.kind == FailureKind.TIMEOUT:
             turns = len(rollout.record.turns)
             deadline = f"rollout.deadline_s = {self._settings.deadline_s:g} s"
-            return failed(rollout, "timeout", f"No result within {deadline}; turns until then: {turns}.")
+            return failed(rollout, FailureKind.TIMEOUT, f"No result within {deadline}; turns until then: {turns}.")
         if rollout.engine_error is not None:
-            return failed(rollout, "engine", rollout.engine_error)
+            return failed(rollout, FailureKind.ENGINE, rollout.engine_error)
         return failed(rollout, error.kind, str(error))
 
     def _scored(self, rollout: OpenRollout, answer: Mapping[str, Any], strangers: int) -> Outcome:
@@ -158,7 +158,7 @@ class Collector:
         except AlignmentError as error:
             # A bug of ours, and still no reason to lose the rest of the batch.
             logger.exception("rollout: the sampled turns do not fit together")
-            return failed(rollout, "alignment", str(error))
+            return failed(rollout, FailureKind.ALIGNMENT, str(error))
 
 
 @dataclass
@@ -172,7 +172,7 @@ class _Past:
     def add(self, outcome: Outcome) -> None:
         self.sampled_tokens += outcome.sampled_tokens
         self.seconds_in_model += outcome.seconds_in_model
-        self.dropped.update({FAILED_ATTEMPT: outcome.sampled_tokens})
+        self.dropped.update({DropReason.FAILED_ATTEMPT: outcome.sampled_tokens})
 
     def finish(
         self, request: RolloutRequest, rollout_id: str, outcome: Outcome, attempts: int, seconds: float

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from gymlink.align import HISTORY_REWRITTEN, OTHER_BRANCH
 from gymlink.rollout.figures import Figures
-from gymlink.rollout.outcome import FAILED, FAILED_ATTEMPT
-from gymlink.types import ForkCause, RolloutStatus
+from gymlink.types import DropReason, FailureKind, ForkCause, RolloutStatus
 
 PREFIX = "rollout/"
 
 BREAKDOWNS: Mapping[str, Sequence[str]] = {
-    "failed": ("timeout", "http", "connection", "answer", "engine", "context_overflow", "no_model_call", "alignment"),
+    "failed": tuple(kind.value for kind in FailureKind),
     "prefix_breaks": tuple(cause.value for cause in ForkCause),
-    "tokens_dropped": (FAILED, FAILED_ATTEMPT, OTHER_BRANCH, HISTORY_REWRITTEN, "undelivered"),
+    "tokens_dropped": tuple(
+        reason.value
+        for reason in (
+            DropReason.FAILED,
+            DropReason.FAILED_ATTEMPT,
+            DropReason.OTHER_BRANCH,
+            DropReason.HISTORY_REWRITTEN,
+            DropReason.UNDELIVERED,
+        )
+    ),
 }
 """Parts that are told in every batch, 0 or not: trainers average a name over the batches in which it occurs, and parts
 that are left out when 0 would not add up to their sum."""

@@ -17,12 +17,7 @@ from gymlink.config import AlignmentSettings
 from gymlink.gateway import OpenRollout
 from gymlink.rollout.claims import NOTHING, Claimed, Claims
 from gymlink.rollout.response import Item, answers_from_the_end, carried_ids, output_items
-from gymlink.types import RolloutStatus, Segment, Turn
-
-FAILED = "failed"
-"""The reason under which the sampled tokens of a failed rollout's last attempt are counted."""
-FAILED_ATTEMPT = "failed_attempt"
-"""The reason for those of the attempts before the last."""
+from gymlink.types import DropReason, FailureKind, RolloutStatus, Segment, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +45,7 @@ def failed(rollout: OpenRollout, kind: str, detail: str) -> Outcome:
         turns=rollout.record.turns,
         sampled_tokens=rollout.sampled_tokens,
         seconds_in_model=rollout.seconds_in_model,
-        dropped={FAILED: rollout.sampled_tokens} if rollout.sampled_tokens else {},
+        dropped={DropReason.FAILED: rollout.sampled_tokens} if rollout.sampled_tokens else {},
     )
 
 
@@ -77,12 +72,12 @@ def scored(
     if turns := rollout.record.turns:
         return _trained(rollout, answer, alignment, turns, _final_turn(rollout.record, items))
     if rollout.overflowed:
-        return failed(rollout, "context_overflow", "The first prompt already exceeds the policy's context.")
+        return failed(rollout, FailureKind.CONTEXT_OVERFLOW, "The first prompt already exceeds the policy's context.")
     claimed = claims.take(rollout, items) if claims is not None else NOTHING
     if claimed.unknown:
-        return failed(rollout, "alignment", _why_not_claimed(claimed))
+        return failed(rollout, FailureKind.ALIGNMENT, _why_not_claimed(claimed))
     if not claimed.turns:
-        return failed(rollout, "no_model_call", _why_no_call(strangers, ids_travel=claims is not None))
+        return failed(rollout, FailureKind.NO_MODEL_CALL, _why_no_call(strangers, ids_travel=claims is not None))
     return _trained(rollout, answer, alignment, claimed.turns, len(claimed.turns) - 1)
 
 
@@ -131,7 +126,7 @@ def _unusable(answer: Mapping[str, Any]) -> tuple[str, str] | None:
         return f"gym_{kind or 'masked'}", str(answer.get("failure_reason") or "Gym marked the sample as not to train.")
     reward = answer.get("reward")
     if not isinstance(reward, int | float) or isinstance(reward, bool) or not math.isfinite(reward):
-        return "answer", f"Gym's answer has the reward {reward!r}; a finite number is needed."
+        return FailureKind.ANSWER, f"Gym's answer has the reward {reward!r}; a finite number is needed."
     return None
 
 

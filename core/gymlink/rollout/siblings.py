@@ -13,9 +13,6 @@ from typing import Any
 
 from gymlink.types import Rollout
 
-ALONE = "alone_in_group"
-"""The reason under which the tokens of a scored rollout are counted whose siblings all failed."""
-
 
 @dataclass
 class Group:

@@ -26,13 +26,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from types import SimpleNamespace
 
-from gymlink.rollout import ALONE, neutral_rewards
-from gymlink.types import Rollout
+from gymlink.rollout import neutral_rewards
+from gymlink.types import DropReason, Rollout
 from gymlink_openrlhf.convert import sample_of
 from gymlink_openrlhf.options import GROUP_RELATIVE, Options, Penalties
 
-FILTERED = "filtered"
-"""The reason under which the tokens of a group are counted that OpenRLHF's dynamic filtering leaves out."""
 COMPARABLE = 2
 """Scored rollouts that an estimator needs of a group in order to compare."""
 KEPT_BITS = 14
@@ -61,7 +59,11 @@ def group_rewards(scored: Sequence[Rollout], others: int, options: Options, *, t
         return GroupRewards(plain, plain, [mean] * others, mean)
     if options.estimator in GROUP_RELATIVE and others > 0 and len(scored) < COMPARABLE:
         return GroupRewards(
-            [equal(mean)], plain, [equal(mean)] * others, math.nan if options.filtering else mean, ALONE
+            [equal(mean)],
+            plain,
+            [equal(mean)] * others,
+            math.nan if options.filtering else mean,
+            DropReason.ALONE_IN_GROUP,
         )
     rewards, neutral = _rewards(scored, plain, others, options)
     return GroupRewards(rewards, plain, neutral, mean, _filtered(mean, options))
@@ -81,7 +83,7 @@ def _filtered(score: float, options: Options) -> str | None:
     """The test is OpenRLHF's own (`SamplesGenerator._generate_vllm`)."""
     if options.filtering is None or options.filtering[0] < score < options.filtering[1]:
         return None
-    return FILTERED
+    return DropReason.FILTERED
 
 
 def _rewards(

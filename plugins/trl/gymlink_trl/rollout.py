@@ -23,7 +23,7 @@ from gymlink.gym import check_rows
 from gymlink.report import Reporter
 from gymlink.rollout import Figures, check_conservation, describe_failures
 from gymlink.session import Session
-from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling
+from gymlink.types import DropReason, Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling
 from gymlink_transformers.engine import LiveModelEngine
 from gymlink_transformers.logprobs import SampledRow, max_logprob_error
 from gymlink_trl.dataset import load_rows, row_files, row_reference
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 Check = Literal["off", "first", "all"]
-
-OVER_LENGTH = "max_completion_length"
-"""The reason under which sampled tokens beyond the trainer's `max_completion_length` are counted."""
 
 
 @dataclass(slots=True)
@@ -63,7 +60,7 @@ class Totals:
         self.tokens_trained += sum(row.mask)
         self.dropped.update(rollout.dropped)
         if cut:
-            self.dropped[OVER_LENGTH] += cut
+            self.dropped[DropReason.OVER_LENGTH] += cut
 
 
 class Collects(Protocol):
@@ -322,7 +319,7 @@ def _token_metrics(counts: Totals) -> dict[str, float]:
     figures = {
         "tokens_trained": counts.tokens_trained,
         "tokens_dropped": counts.tokens_dropped,
-        f"tokens_dropped/{OVER_LENGTH}": counts.dropped[OVER_LENGTH],
+        f"tokens_dropped/{DropReason.OVER_LENGTH}": counts.dropped[DropReason.OVER_LENGTH],
     }
     return {f"rollout/{name}": float(value) for name, value in figures.items()}
 

@@ -15,10 +15,7 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
 from gymlink.rollout import Figures
-from gymlink.types import Logprobs, Mask, Rollout, RolloutStatus, Segment, TokenIds, Turn
-
-OVER_LENGTH = "over_length"
-"""The reason under which sampled tokens beyond verl's `data.max_response_length` are counted."""
+from gymlink.types import DropReason, Logprobs, Mask, Rollout, RolloutStatus, Segment, TokenIds, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ def outputs_of(rollout: Rollout, shape: Shape) -> tuple[list[AgentLoopOutput], F
     kept = [at for at, row in enumerate(rows) if any(row[2])] or [len(rows) - 1]
     outputs = [_output(rollout, rollout.segments[at], rows[at]) for at in kept]
     outputs[-1].reward_score = rollout.reward
-    dropped = Counter(rollout.dropped) + Counter({OVER_LENGTH: cut})
+    dropped = Counter(rollout.dropped) + Counter({DropReason.OVER_LENGTH: cut})
     figures = replace(Figures.of(rollout), tokens_trained=trained, dropped=dict(dropped), segments=len(outputs))
     figures.check_conservation()
     return outputs, figures

@@ -18,8 +18,8 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutp
 from gymlink.errors import ConfigError, RolloutError
 from gymlink.gym import parse_row
 from gymlink.host import HostedGym
-from gymlink.rollout import ALONE, Figures, Group, Recorder, Siblings, describe_failures
-from gymlink.types import Rollout, RolloutRequest, Sampling
+from gymlink.rollout import Figures, Group, Recorder, Siblings, describe_failures
+from gymlink.types import DropReason, Rollout, RolloutRequest, Sampling
 from gymlink.worker import RolloutWorker
 from gymlink_ray.job import Job, plain, worker_gateway_of
 from gymlink_verl.convert import masked_output, outputs_of
@@ -120,7 +120,9 @@ def _rows(station: Station, rollout: Rollout) -> tuple[list[AgentLoopOutput], Fi
 
 def _untrained(rollout: Rollout) -> Figures:
     figures = Figures.of(rollout)
-    dropped = dict(figures.dropped) | ({ALONE: figures.tokens_trained} if figures.tokens_trained else {})
+    dropped = dict(figures.dropped) | (
+        {DropReason.ALONE_IN_GROUP: figures.tokens_trained} if figures.tokens_trained else {}
+    )
     return replace(figures, tokens_trained=0, dropped=dropped)
 
 

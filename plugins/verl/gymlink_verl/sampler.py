@@ -15,15 +15,15 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from gymlink.errors import ConfigError, GymlinkError, RolloutError
-from gymlink.rollout import ALONE, Figures, batch_metrics, describe_failures, refuse_if_too_many_failed
-from gymlink_verl.convert import OVER_LENGTH
+from gymlink.rollout import Figures, batch_metrics, describe_failures, refuse_if_too_many_failed
+from gymlink.types import DropReason
 from gymlink_verl.job import job_of
 
 POLL_INTERVAL_S = 0.5
 """How often finished groups are looked for; verl's own default is 2 s, a third of a short step."""
 EMPTY = "no materializable trajectories"
 """In what verl (0.9.1) says of a batch without a row; its other errors are about something else."""
-OWN_REASONS = (ALONE, OVER_LENGTH)
+OWN_REASONS = (DropReason.ALONE_IN_GROUP, DropReason.OVER_LENGTH)
 """Reasons of this plugin's for which sampled tokens are dropped: told in every batch, as the core's are."""
 SPLITS = {"train": "training", "val": "validation"}
 

@@ -14,9 +14,9 @@ import pytest
 from gymlink.config import AlignmentSettings, GatewaySettings, RolloutSettings
 from gymlink.engines import ScriptedEngine
 from gymlink.errors import RolloutError
-from gymlink.gateway import GatewayServer, PolicyService, create_app
+from gymlink.gateway import GatewayServer, PolicyService, Totals, create_app
 from gymlink.rollout import Collector
-from gymlink.session import _check_conservation
+from gymlink.session import _Ledger
 from gymlink.types import Rollout, RolloutBatch, RolloutRequest, RolloutStatus, Sampling
 
 SECRET = "s3cret"
@@ -63,10 +63,11 @@ async def test_every_batch_adds_up(policy, forever: bool) -> None:
     params = {"input": [{"role": "user", "content": "x"}]}
     row = {"responses_create_params": params, "agent_ref": {"name": "a"}}
     collector = Collector(HttpGym(http, server.url, forever=forever), service, settings, AlignmentSettings())
+    ledger = _Ledger(service.totals)
     for _ in range(12):
-        before = service.totals.attributed_tokens
+        ledger.begin()
         batch = await collector.collect([RolloutRequest(row, index) for index in range(64)])
-        _check_conservation(service.totals.attributed_tokens - before, batch)
+        ledger.end(batch)
         assert {rollout.failure for rollout in batch.rollouts} == ({"timeout"} if forever else {None})
     await asyncio.sleep(0.1)
     assert service.totals.attributed_tokens <= service.totals.sampled_tokens
@@ -79,5 +80,9 @@ def test_a_batch_that_does_not_add_up_is_refused(sampled: int, told: int, droppe
     rollout = Rollout(
         RolloutRequest({}, 0), "0.a", RolloutStatus.FAILED, None, sampled_tokens=told, dropped={"failed": dropped}
     )
+    totals = Totals()
+    ledger = _Ledger(totals)
+    ledger.begin()
+    totals.sampled_tokens += sampled
     with pytest.raises(RolloutError, match=f"The engine sampled {sampled} tokens"):
-        _check_conservation(sampled, RolloutBatch([rollout], {}))
+        ledger.end(RolloutBatch([rollout], {}))

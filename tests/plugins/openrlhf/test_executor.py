@@ -19,10 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from vllm import SamplingParams
 
 from gymlink.errors import ConfigError, GymStartError, RolloutError
-from gymlink.rollout import ALONE
-from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling
+from gymlink.types import DropReason, Rollout, RolloutRequest, RolloutStatus, Sampling
 from gymlink_openrlhf.convert import Sample, placeholder, sample_of
-from gymlink_openrlhf.rewards import FILTERED
 from openrlhf_actor import GYM, Actor, Worker
 from openrlhf_rollouts import ROW, failed, scored, turn
 
@@ -201,7 +199,7 @@ async def test_one_scored_alone_is_not_trained(bench: Callable[..., Bench]) -> N
     assert len(set(of(told, "reward"))) == 1
     assert of(told, "scores") == [0.7] * 4
     trained = [(figures.tokens_trained, dict(figures.dropped)) for _, figures in actor.job.told]
-    assert sorted(trained, key=str) == [(0, {ALONE: 3}), *[(0, {"failed": 2})] * 3]
+    assert sorted(trained, key=str) == [(0, {DropReason.ALONE_IN_GROUP: 3}), *[(0, {"failed": 2})] * 3]
 
 
 @pytest.mark.parametrize("estimator", ["gae", "reinforce", "flash_reinforce"])
@@ -251,14 +249,14 @@ async def test_filtering_leaves_out_what_cannot_be_compared(bench: Callable[...,
     assert math.isnan(sum(of(await actor.group(0.5, BROKE, BROKE), "scores")))
     assert all(map(math.isnan, of(await actor.group(BROKE, BROKE), "scores")))
     dropped = [reason for _, figures in actor.job.told for reason in figures.dropped]
-    assert sorted(dropped) == sorted([ALONE, *["failed"] * 5])
+    assert sorted(dropped) == sorted([DropReason.ALONE_IN_GROUP, *["failed"] * 5])
 
 
 async def test_what_filtering_leaves_out_is_counted(bench: Callable[..., Bench]) -> None:
     actor = bench(*FILTERING)
     told = await actor.group(1.0, 1.0)
     assert samples(told) == [sample_of(scored(1.0))] * 2
-    assert [dict(figures.dropped) for _, figures in actor.job.told] == [{FILTERED: 3}] * 2
+    assert [dict(figures.dropped) for _, figures in actor.job.told] == [{DropReason.FILTERED: 3}] * 2
 
 
 # Evaluation.
@@ -311,7 +309,7 @@ async def test_each_rollout_is_written(bench: Callable[..., Bench]) -> None:
     assert [line["reward"] for line in lines[:4]] == [1.0, 0.0, None, 0.5], "what was earned, not what was told"
     assert [line["tokens_trained"] for line in lines] == [3, 3, 0, 3, 3, 3, 3, 3, 0, 0, 0, 0, 3]
     assert lines[2]["tokens_dropped"] == {"failed": 2}
-    assert lines[9]["tokens_dropped"] == {ALONE: 3}
+    assert lines[9]["tokens_dropped"] == {DropReason.ALONE_IN_GROUP: 3}
     assert {line["index"] for line in lines} == {7}
     assert len({line["group"] for line in lines}) == 4
 

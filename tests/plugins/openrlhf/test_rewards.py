@@ -21,11 +21,10 @@ from openrlhf.models.loss import PolicyLoss
 from openrlhf.trainer.ppo_trainer import compute_eval_metrics
 from openrlhf.trainer.ppo_utils import samples_generator
 
-from gymlink.rollout import ALONE
-from gymlink.types import Rollout, RolloutStatus
+from gymlink.types import DropReason, Rollout, RolloutStatus
 from gymlink_openrlhf.convert import Sample, placeholder, response_of, sample_of
 from gymlink_openrlhf.options import GROUP_RELATIVE, Options, Penalties
-from gymlink_openrlhf.rewards import FILTERED, GroupRewards, equal, group_rewards
+from gymlink_openrlhf.rewards import GroupRewards, equal, group_rewards
 from gymlink_tiny import make_model, make_tokenizer
 from openrlhf_rollouts import failed, scored, turn
 from openrlhf_steps import arguments, generator, of_samples, read, with_advantages
@@ -84,7 +83,9 @@ def options(estimator: str, penalties: Penalties = Penalties(), **more: Any) -> 
 
 def responses(group: Group, rewards: GroupRewards) -> list[dict[str, Any]]:
     """As the executor tells them: placeholders for what is not trained, of a whole group also for what was scored."""
-    mine = [STAND_IN if rewards.untrained == ALONE else sample_of(rollout) for rollout in group.scored]
+    mine = [
+        STAND_IN if rewards.untrained == DropReason.ALONE_IN_GROUP else sample_of(rollout) for rollout in group.scored
+    ]
     told = [
         response(rollout, sample, reward, score)
         for rollout, sample, reward, score in zip(group.scored, mine, rewards.rewards, rewards.scores, strict=True)
@@ -370,10 +371,10 @@ def test_a_failed_rollout_does_not_move_the_average_of_its_group(monkeypatch: py
 @pytest.mark.parametrize(
     ("left_out", "reason"),
     [
-        (group(1.0, 1.0, 1.0, 1.0), FILTERED),
-        (group(1.0, None, 1.0, None), FILTERED),
-        (group(0.0, 0.0, None, 0.0), FILTERED),
-        (group(0.5, None, None, None), ALONE),
+        (group(1.0, 1.0, 1.0, 1.0), DropReason.FILTERED),
+        (group(1.0, None, 1.0, None), DropReason.FILTERED),
+        (group(0.0, 0.0, None, 0.0), DropReason.FILTERED),
+        (group(0.5, None, None, None), DropReason.ALONE_IN_GROUP),
     ],
 )
 def test_what_filtering_leaves_out_is_replaced_and_counted(

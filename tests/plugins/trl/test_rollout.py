@@ -15,10 +15,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from gymlink.config import parse_settings
 from gymlink.errors import ConfigError
-from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Segment
+from gymlink.types import DropReason, Rollout, RolloutRequest, RolloutStatus, Segment
 from gymlink_trl import GymRollout, gym_dataset, gym_reward
 from gymlink_trl.quiet import NO_REWARD, TRL_LOGGER
-from gymlink_trl.rollout import OVER_LENGTH, training_row
+from gymlink_trl.rollout import training_row
 
 SETTINGS = {"gym": {"config_paths": ["keypad.yaml"]}}
 
@@ -242,8 +242,8 @@ def test_a_long_completion_is_cut_and_the_cut_is_counted(
     trained = int((seen["completion_mask"] * seen["tool_mask"]).sum())
     totals = rollout.training
     assert totals.tokens_trained == trained == logged(trainer, "rollout/tokens_trained")[0]
-    assert totals.dropped[OVER_LENGTH] == totals.tokens_sampled - trained > 0
-    assert logged(trainer, f"rollout/tokens_dropped/{OVER_LENGTH}") == [totals.tokens_dropped]
+    assert totals.dropped[DropReason.OVER_LENGTH] == totals.tokens_sampled - trained > 0
+    assert logged(trainer, f"rollout/tokens_dropped/{DropReason.OVER_LENGTH}") == [totals.tokens_dropped]
 
 
 def test_evaluation_is_counted_apart(

@@ -16,8 +16,8 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from gymlink.align import build_segments
 from gymlink.errors import RolloutError
-from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Segment
-from gymlink_verl.convert import OVER_LENGTH, Shape, masked_output, outputs_of
+from gymlink.types import DropReason, Rollout, RolloutRequest, RolloutStatus, Segment
+from gymlink_verl.convert import Shape, masked_output, outputs_of
 from whole_turns import WholeTurn, linked
 
 END = 99
@@ -71,7 +71,7 @@ def test_every_sampled_token_is_trained_once_or_counted(rollout: Rollout, shape:
     assert figures.tokens_trained == trained
     assert figures.segments == len(outputs)
     assert trained + sum(figures.dropped.values()) == rollout.sampled_tokens
-    assert figures.dropped.get(OVER_LENGTH, 0) == rollout.trained_tokens - trained
+    assert figures.dropped.get(DropReason.OVER_LENGTH, 0) == rollout.trained_tokens - trained
     assert [output.reward_score for output in outputs] == [None] * (len(outputs) - 1) + [rollout.reward]
 
 
@@ -123,7 +123,7 @@ def test_what_is_too_long_is_cut_and_counted() -> None:
     rollout = rollout_of([turn([1], [2, 3, 4, 5])])
     [output], figures = outputs_of(rollout, replace(ROOMY, response_length=3))
     assert output.response_ids == [2, 3, 4]
-    assert (figures.tokens_trained, figures.dropped) == (3, {OVER_LENGTH: 1})
+    assert (figures.tokens_trained, figures.dropped) == (3, {DropReason.OVER_LENGTH: 1})
 
 
 def test_a_cut_row_ends_with_a_token_that_is_trained() -> None:
@@ -132,7 +132,7 @@ def test_a_cut_row_ends_with_a_token_that_is_trained() -> None:
     for limit in (2, 3, 4):
         [output], figures = outputs_of(rollout_of(turns), replace(ROOMY, response_length=limit))
         assert (output.response_ids, output.response_mask) == ([2, 3], [1, 1])
-        assert figures.dropped == {OVER_LENGTH: 1}
+        assert figures.dropped == {DropReason.OVER_LENGTH: 1}
 
 
 def test_a_branch_of_which_nothing_is_left_is_no_row() -> None:
@@ -142,7 +142,7 @@ def test_a_branch_of_which_nothing_is_left_is_no_row() -> None:
     final = turn([1, 2, 3, 8], [5], parent=0)
     outputs, figures = outputs_of(rollout_of([trunk, branch, final]), replace(ROOMY, response_length=4))
     assert [output.response_ids for output in outputs] == [[2, 3, 8, 5]]
-    assert figures.dropped == {OVER_LENGTH: 1}
+    assert figures.dropped == {DropReason.OVER_LENGTH: 1}
 
 
 def test_a_final_branch_of_which_nothing_is_left_does_not_stand_for_the_rollout() -> None:
@@ -156,7 +156,7 @@ def test_a_final_branch_of_which_nothing_is_left_does_not_stand_for_the_rollout(
     outputs, figures = outputs_of(rollout_of([trunk, other, final]), replace(ROOMY, response_length=4))
     assert [output.reward_score for output in outputs][-1] == 0.5
     assert all(any(output.response_mask) for output in outputs)
-    assert figures.dropped == {OVER_LENGTH: 1}
+    assert figures.dropped == {DropReason.OVER_LENGTH: 1}
 
 
 def test_a_long_prompt_of_the_legacy_trainer_stays_the_same_sequence() -> None:

@@ -22,8 +22,8 @@ from gymlink.align import build_segments
 from gymlink.config import GatewaySettings, GymSettings, Settings
 from gymlink.errors import ConfigError, GymlinkError, RolloutError
 from gymlink.host import GymHost, HostedGym
-from gymlink.rollout import ALONE, Figures, Recorder
-from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling, Turn
+from gymlink.rollout import Figures, Recorder
+from gymlink.types import DropReason, Rollout, RolloutRequest, RolloutStatus, Sampling, Turn
 from gymlink_ray.job import Job, JobActor
 from gymlink_verl import loop
 from gymlink_verl.loop import GymAgentLoop, Station
@@ -212,7 +212,7 @@ async def test_a_scored_rollout_that_is_alone_is_dropped_and_its_tokens_counted(
     assert "A group with 1 scored rollouts trains nothing" in str(error)
     assert sum(figures.tokens_trained for _, figures in process.actor.told) == 0
     dropped = [dict(figures.dropped) for _, figures in process.actor.told]
-    assert sorted(dropped, key=str) == [{ALONE: 3}, {"failed": 3}, {"failed": 3}]
+    assert sorted(dropped, key=str) == [{DropReason.ALONE_IN_GROUP: 3}, {"failed": 3}, {"failed": 3}]
 
 
 async def test_a_group_that_failed_says_so_once(bench: Callable[..., Bench]) -> None:
