@@ -129,8 +129,8 @@ class Encoder:
             self.differences += 1
             logger.error(
                 "fastokens wrote other ids than the tokenizer %r for a text of %d characters that begins with %r; the "
-                "tokenizer encodes from now on. Earlier texts were compared in part only; a policy is trained on the ids "
-                "that it saw. Please report this.",
+                "tokenizer encodes from now on. Earlier texts were compared in part only; a policy is trained on the "
+                "ids that it saw. Please report this.",
                 self._tokenizer.name_or_path,
                 len(text),
                 text[:80],
