@@ -43,7 +43,7 @@ def run(*, small: bool = False) -> Result:
     sizes = SMALL if small else Sizes()
     sampled = tokenizer().encode(Text(PROSE).take(sizes.turn.sampled - 1) + "<|im_end|>", add_special_tokens=False)
     spent = {}
-    for mode in ("capture", "messages"):
+    for mode in ("gateway", "messages"):
         asked = settings(ENVIRONMENTS, "pages", concurrency=sizes.at_once, token_ids=mode)
         with running(asked, sampled) as session:
             spent[mode] = _cpu_per_rollout(session, sizes)

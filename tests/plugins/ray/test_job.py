@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from gymlink.config import GatewaySettings, Settings, parse_settings
-from gymlink.errors import ConfigError, GymError, GymlinkError, GymRequestError, GymStartError, RolloutError
+from gymlink.errors import ConfigError, GymError, GymlinkError, GymRequestError, GymStartError
 from gymlink.gateway import GatewayServer
 from gymlink.host import HostedGym
 from gymlink.launch import noted_error
@@ -164,7 +164,8 @@ def test_an_error_comes_out_of_what_ray_wraps_around_it() -> None:
     assert plain(wrapped) is error
     assert plain(error) is error
     assert str(plain(ValueError("x"))) == "ValueError: x"
-    assert type(plain(GymRequestError("no", kind="http"))) is RolloutError
+    refused = GymRequestError("no", kind="http")
+    assert plain(refused) is refused
 
 
 async def test_rows_for_an_agent_that_does_not_run_stop_the_job(actor: JobActor, tmp_path: Path) -> None:
