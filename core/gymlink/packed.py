@@ -30,6 +30,8 @@ class Packed(Sequence[N], Generic[N]):
         if isinstance(numbers, Packed):
             numbers = numbers._numbers
         try:
+            if isinstance(numbers, str | bytes | bytearray):  # which an array would take for its memory
+                raise TypeError(f"numbers are needed, not {type(numbers).__name__}")  # noqa: TRY301 - told as the others
             # An array that grows by what an iterator gives has room to spare; one of a list has none.
             self._numbers = array(self._typecode, numbers if isinstance(numbers, Sized) else list(numbers))
         except (TypeError, OverflowError) as error:
@@ -115,7 +117,7 @@ class Packed(Sequence[N], Generic[N]):
 
 
 class TokenIds(Packed[int]):
-    """Token ids, from 0 to 2**31 - 1."""
+    """Token ids, of 32 bits."""
 
     __slots__ = ()
     _typecode = "i"

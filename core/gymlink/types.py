@@ -106,7 +106,14 @@ class ForkCause(StrEnum):
     """Nothing was rewritten: the same prompt came again, or a conversation of its own began (a sub-agent)."""
 
 
-class FailureKind(StrEnum):
+class _Word(StrEnum):
+    """Prints as its word, also inside of a mapping."""
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class FailureKind(_Word):
     """Why a rollout has no score. What Gym itself marked as failed has the kind `gym_` and Gym's own word for it."""
 
     TIMEOUT = "timeout"
@@ -127,7 +134,7 @@ class FailureKind(StrEnum):
     """The sampled turns do not fit together."""
 
 
-class DropReason(StrEnum):
+class DropReason(_Word):
     """Why a sampled token is trained in no segment."""
 
     FAILED = "failed"

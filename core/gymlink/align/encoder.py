@@ -102,6 +102,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._fast = proven_encoder(tokenizer)
+        self._proven_for = None if self._fast is None else _state(tokenizer)
         self._texts = 0
         self.differences = 0
         """Texts that the faster encoder wrote otherwise, after which it was not used any more: 0 or 1."""
@@ -113,6 +114,8 @@ class Encoder:
 
     def encode(self, text: str) -> list[int]:
         """The tokenizer's ids for this text. Control tokens are read where it spells them."""
+        if self._fast is not None and _state(self._tokenizer) != self._proven_for:
+            self._fast, self._proven_for = proven_encoder(self._tokenizer), _state(self._tokenizer)
         fast = self._fast
         if fast is None or not (text.isascii() or _UNPROBED.search(text) is None):
             return self._slowly(text)
@@ -141,10 +144,18 @@ class Encoder:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
+def _state(tokenizer: Any) -> tuple[int, Any]:
+    """What changes where a trainer adds tokens to a tokenizer that is loaded, or has it split control tokens."""
+    return len(tokenizer), getattr(tokenizer, "split_special_tokens", False)
+
+
 def proven_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
     """A faster encoder that wrote the tokenizer's ids on every probe; None where there is none."""
     serialize = getattr(getattr(tokenizer, "backend_tokenizer", None), "to_str", None)
-    if serialize is None or getattr(tokenizer, "split_special_tokens", False) or find_spec("fastokens") is None:
+    encodes_itself = not str(getattr(type(tokenizer).encode, "__module__", "")).startswith("transformers.")
+    if serialize is None or encodes_itself or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    if find_spec("fastokens") is None:
         return None
     serialized = str(serialize())
     known = (blake2b(serialized.encode()).digest(), type(tokenizer))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
-from gymlink.align.canonical import READ_FIELDS, Canonical, canonical, text_of, tools_digest
+from gymlink.align.canonical import READ_FIELDS, Canonical, canonical, text_of, tool_calls_of, tools_digest
 from gymlink.types import Message, Tool
 
 ROOT: Final = b""
@@ -22,7 +22,10 @@ MAX_CONVERSATIONS: Final = 64
 """Histories that are remembered: more than there are conversations at a time in one rollout."""
 
 
-_FIELDS: Final = (*READ_FIELDS, "name", "tool_call_id")
+_FIELDS: Final = (*READ_FIELDS, "name", "tool_call_id", "audio", "function_call", "refusal")
+"""What a chat template may be given of a message, and what is refused."""
+MAX_UNANSWERED: Final = 4
+"""Histories that are remembered though no turn came of them, for a call that is made again."""
 
 Check = Callable[[int, Message], None]
 """Called with a message and its place, once for each that no earlier call of its conversation had; may raise."""
@@ -36,18 +39,22 @@ class Form(NamedTuple):
     is_silent: bool
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class History:
     """The messages of one call. It holds on to no ids of theirs."""
 
     read: tuple[tuple[Any, ...], ...]
-    """Of each message, all that a chat template may be given."""
+    """Of each message, all that it is compared by."""
     forms: tuple[Form, ...]
     chain: tuple[bytes, ...]
     """`chain[n]` stands for the first n messages; silent assistant messages leave it unchanged."""
     tools: bytes = b""
     prefilled: str | None = None
     """The text of a last message that is to be continued."""
+    has_objects: bool = False
+    """Whether a tool is called with something else than text: 1 and true are equal for Python, and not the same."""
+    goes_on_from: History | None = None
+    """The remembered history that it extends, until an answer comes of it."""
     checked: int = 0
     """Messages at the beginning whose reasoning is known to be what was sampled, or none."""
 
@@ -64,6 +71,7 @@ class Histories:
 
     def __init__(self) -> None:
         self._latest: list[History] = []  # the latest of each conversation; the one that was used last is last
+        self._unanswered: list[History] = []
 
     def read(
         self,
@@ -75,12 +83,13 @@ class Histories:
         """The history of these messages. What `check` raises is raised, and the messages are not remembered."""
         read = tuple([_read(message) for message in messages])
         known, same = self._nearest(read)
-        forms, chain = [*known.forms[:same]], [*known.chain[: same + 1]]
+        forms, chain, has_objects = [*known.forms[:same]], [*known.chain[: same + 1]], known.has_objects
         for place in range(same, len(messages)):
             message = messages[place]
             if check is not None:
                 check(place, message)
             form = canonical(message)
+            has_objects = has_objects or _has_objects(message)
             forms.append(_kept(form))
             chain.append(link(chain[-1], form))
         resumed = template_args.get("continue_final_message") and forms and forms[-1].role == "assistant"
@@ -90,39 +99,65 @@ class Histories:
             chain=tuple(chain),
             tools=tools_digest(tools, template_args),
             prefilled=text_of(messages[-1].get("content")) if resumed else None,
+            has_objects=has_objects,
+            goes_on_from=known if same == len(known) else None,
             checked=min(known.checked, same),
         )
-        self._remember(history, known if same == len(known) else None)
+        self._unanswered = [*self._unanswered, history][-MAX_UNANSWERED:]
         return history
 
     def expect(self, history: History, answer: Message, form: Canonical) -> None:
         """An agent goes on from this history with the answer that it was given: most send it back as it is."""
         expected = History(
-            read=(*history.read, _read(answer)),
+            read=(*history.read, _read({**answer, "tool_calls": _copied(answer.get("tool_calls"))})),
             forms=(*history.forms, _kept(form)),
             chain=(*history.chain, link(history.key, form)),
+            has_objects=history.has_objects or _has_objects(answer),
             checked=history.checked,
         )
-        self._remember(expected, history)
+        gone = (history, history.goes_on_from)
+        self._unanswered = [one for one in self._unanswered if one not in gone]
+        self._latest = [*(one for one in self._latest if one not in gone), expected][-MAX_CONVERSATIONS:]
+        history.goes_on_from = None
 
     def _nearest(self, read: tuple[tuple[Any, ...], ...]) -> tuple[History, int]:
         """The remembered history that begins like this one for longest, and for how many messages."""
         nearest, most = History((), (), (ROOT,)), 0
-        for history in reversed(self._latest):
+        for history in (*reversed(self._unanswered), *reversed(self._latest)):
             if most and history.read[:most] != read[:most]:
                 continue
             same = _common_length(history.read, read)
+            if history.has_objects and repr(history.read[:same]) != repr(read[:same]):
+                continue
             if same > most:
                 nearest, most = history, same
         return nearest, most
 
-    def _remember(self, history: History, goes_on_from: History | None) -> None:
-        latest = [one for one in self._latest if one is not goes_on_from]
-        self._latest = [*latest[1 - MAX_CONVERSATIONS :], history]
-
 
 def _read(message: Message) -> tuple[Any, ...]:
     return tuple(map(message.get, _FIELDS))
+
+
+def _has_objects(message: Message) -> bool:
+    """Whether it calls a tool with something else than text."""
+    return any(type(one) is not str for one in map(_arguments, tool_calls_of(message)))
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    function = call.get("function")
+    return function.get("arguments") if isinstance(function, Mapping) else None
+
+
+def _copied(calls: Any) -> Any:
+    """Tool calls as they are now: whoever has the answer may change it."""
+    if not isinstance(calls, list):
+        return calls
+    return [_copied_call(call) if isinstance(call, Mapping) else call for call in calls]
+
+
+def _copied_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    return {**call, "function": {**function}} if isinstance(function, Mapping) else {**call}
 
 
 def _kept(form: Canonical) -> Form:

@@ -34,8 +34,10 @@ class PromptPlan:
     """Index of the turn that this prompt extends."""
     cause: ForkCause | None
     """Why not, when a turn existed before and none is extended."""
+    matched: int = field(compare=False)
+    """Messages at the beginning that are those of the parent with what it answered; 0 where there is none."""
     known: int = field(compare=False)
-    """Messages at the beginning that are those of the parent with what it answered; 0 where they were not compared."""
+    """Those of them whose reasoning is known to be what was sampled, or none."""
     _history: History = field(repr=False, compare=False)
 
 
@@ -184,7 +186,7 @@ class RolloutRecord:
         )
         if added is None:
             return _fresh(call, self._why_not_extended(call, index, length), (index, length))
-        return _extended(held, TokenIds(added), index, call.history, length)
+        return PromptPlan(held + (more := TokenIds(added)), more, index, None, length, length, call.history)
 
     def add(self, plan: PromptPlan, generation: Generation, message: Message) -> Turn:
         """Remember what was sampled after `plan`, and the assistant message that the agent was given for it."""
@@ -304,19 +306,21 @@ class RolloutRecord:
         call, cause = pending.call, pending.cause
         ids = TokenIds(self._format.render(self._restored(call), call.tools, template_args=call.args))
         if not self._turns:
-            return PromptPlan(ids, ids, None, None, 0, call.history)
+            return PromptPlan(ids, ids, None, None, 0, 0, call.history)
         nearest = len(self._turns) - 1 if pending.anchor is None else pending.anchor[0]
         turn = self._turns[nearest]
         held, decode = turn.ids, self._format.decode
         text, begun = decode(ids), decode(held)
         if turn.completion_ids and text.startswith(begun):
-            plan = _extended(held, TokenIds(self._format.encode(text[len(begun) :])), nearest, call.history, 0)
+            added = TokenIds(self._format.encode(text[len(begun) :]))
+            matched = 0 if pending.anchor is None else pending.anchor[1]
+            plan = PromptPlan(held + added, added, nearest, None, matched, 0, call.history)
             if decode(plan.prompt_ids) == text and _LOST not in decode(turn.completion_ids):
                 return plan
             cause = ForkCause.RETOKENIZED
         elif cause is ForkCause.RETEMPLATED and self._strips_reasoning(call, nearest, ids):
             cause = ForkCause.REASONING_STRIPPED
-        return PromptPlan(ids, ids, None, cause, 0, call.history)
+        return PromptPlan(ids, ids, None, cause, 0, 0, call.history)
 
     def _restored(self, call: _Call) -> list[Message]:
         """The messages, with the reasoning that was sampled where they carry none."""
@@ -384,11 +388,6 @@ def _characters(messages: Sequence[Message]) -> int:
     texts = (text_of(message.get("content")) for message in messages)
     calls = (str(call) for message in messages for call in tool_calls_of(message))
     return sum(map(len, chain(texts, calls)))
-
-
-def _extended(held: TokenIds, added: TokenIds, parent: int, history: History, known: int) -> PromptPlan:
-    """The prompt that goes on with `added` from all that the turn `parent` held."""
-    return PromptPlan(held + added, added, parent, None, known, history)
 
 
 def _with_reasoning(message: Message, reasoning: str) -> Message:

@@ -24,6 +24,12 @@ class Thread:
 
     added: Sequence[Message]
     extends: Thread | None = None
+    length: int = field(init=False)
+    """How many messages it has."""
+
+    def __post_init__(self) -> None:
+        before = 0 if self.extends is None else self.extends.length
+        object.__setattr__(self, "length", before + len(self.added))
 
     @property
     def messages(self) -> list[Message]:
@@ -47,7 +53,9 @@ class Call:
     required_prefix: TokenIds | None = None
     """Ids that the prompt must start with."""
     thread: Thread | None = None
-    """The messages to remember the answer with; None where nobody will name it."""
+    """The conversation that the answer belongs to, without instructions; None where nobody can go on from an answer."""
+    is_stored: bool = True
+    """Whether a later call may go on from the answer."""
     check: Check | None = None
     """Refuses, with `WireError` 400, messages that came as they are; None where they were checked as they were read."""
 

@@ -82,7 +82,8 @@ class ResponsesRequest(Request):
             tools=shown_tools(_function_tools(objects(self.tools, "tools")), self.tool_choice),
             template_args={**({"reasoning_effort": effort} if effort else {}), **(self.chat_template_kwargs or {})},
             token_limit=self.max_output_tokens,
-            thread=None if self.store is False else thread,
+            thread=thread,
+            is_stored=self.store is not False,
         )
 
     def _continued(self, threads: Mapping[str, Thread]) -> Thread | None:

@@ -35,7 +35,7 @@ class OpenRollout:
     threads: dict[str, Thread] = field(default_factory=dict)
     """Conversations that a call may go on with, by the key of their last answer."""
     _threads: dict[int, Thread] = field(default_factory=dict)
-    """The same, by the index of the turn that answered."""
+    """The same and those that nobody may name, by the index of the turn that answered."""
     _calls: set[asyncio.Task[Generation]] = field(default_factory=set)
 
     async def sample(self, generating: Coroutine[Any, Any, Generation]) -> Generation:
@@ -60,13 +60,18 @@ class OpenRollout:
     def remember(self, key: str, call: Call, plan: PromptPlan, turn: Turn, answer: Message) -> None:
         """Let a later call go on from this answer, if the call was one of a conversation that may.
 
-        An agent that sends its whole history is remembered with what it adds to the turn that its prompt extends.
+        An agent that sends its whole history is remembered with what it adds to the turn that its prompt extends, where
+        the messages before are those of that turn's conversation, its answer included.
         """
         if (thread := call.thread) is None:
             return
-        if thread.extends is None and plan.known and turn.parent in self._threads:
-            thread = Thread(call.messages[plan.known :], self._threads[turn.parent])
-        self.threads[key] = self._threads[turn.index] = Thread((answer,), thread)
+        instructions = len(call.messages) - thread.length
+        earlier = self._threads.get(-1 if turn.parent is None else turn.parent)
+        if thread.extends is None and earlier is not None and earlier.length == plan.matched - instructions:
+            thread = Thread(call.messages[plan.matched :], earlier)
+        self._threads[turn.index] = Thread((answer,), thread)
+        if call.is_stored:
+            self.threads[key] = self._threads[turn.index]
 
     def close(self) -> None:
         """Cancel what is in flight."""

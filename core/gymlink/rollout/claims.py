@@ -38,9 +38,10 @@ class Claims:
 
     def take(self, rollout: OpenRollout, items: Sequence[Item]) -> Claimed:
         """Those that Gym tells of, in its final response or else in its capture. They are this rollout's from now."""
-        told = [*_linked(carried_ids(items))]
-        if not told and self._captures is not None:
-            told = [*_linked(captured_ids(self._captures, rollout.record.rollout_id))]
+        calls = [*carried_ids(items)]
+        if not calls and self._captures is not None:
+            calls = captured_ids(self._captures, rollout.record.rollout_id)
+        told = [*_linked(calls)]
         claimed = [(ids, self._policy.claim(rollout, ids)) for ids in told]
         found = [(ids, turn) for ids, turn in claimed if turn is not None]
         return Claimed(_chained(found), len(told) - len(found))
@@ -48,12 +49,18 @@ class Claims:
 
 def _linked(calls: Iterable[CallIds]) -> Iterator[CallIds]:
     """Each call once, and with what it adds to the longest one before it that its prompt starts with."""
-    before: list[CallIds] = []
+    kept: list[CallIds] = []
+    kept_as: dict[int, CallIds] = {}  # of calls that others are told as additions to
     for call in calls:
-        if any(call.has_ids_of(one) for one in before):
-            continue
-        before.append(_link(call, before) if call.extends is None else call)
-        yield before[-1]
+        if call.extends is None:
+            linked = _link(call, kept)
+        else:
+            linked = CallIds(call.added_ids, call.completion_ids, extends=kept_as[id(call.extends)])
+        same = next((one for one in kept if linked.has_ids_of(one)), None)
+        kept_as[id(call)] = linked if same is None else same
+        if same is None:
+            kept.append(linked)
+            yield linked
 
 
 def _link(call: CallIds, before: Sequence[CallIds]) -> CallIds:

@@ -63,11 +63,11 @@ class Figures:
 
 def check_conservation(sampled: int, trained: int, dropped: Mapping[str, int]) -> None:
     """Raises `RolloutError` when `sampled` tokens are not what is trained and what is dropped, by reason, together."""
-    counted, reasons = sum(dropped.values()), {str(reason): tokens for reason, tokens in dropped.items()}
+    counted = sum(dropped.values())
     if trained + counted != sampled:
         raise RolloutError(
             f"{sampled} tokens were sampled, but {trained} are trained and {counted} counted as dropped "
-            f"({reasons}). Please report this: it is a defect of gymlink."
+            f"({dict(dropped)}). Please report this: it is a defect of gymlink."
         )
 
 

@@ -163,6 +163,35 @@ def test_a_tokenizer_that_does_more_than_its_form_says_encodes_alone() -> None:
     assert encoder.encode("a") == [7, 97]
 
 
+def test_one_that_was_given_another_mind_is_found_by_the_probes() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("starcoder").backend_tokenizer)
+    as_it_was = tokenizer.encode
+    tokenizer.encode = lambda text, **options: as_it_was(text.rstrip("\n"), **options)
+    encoder_module._PROVEN.clear()
+    assert not Encoder(tokenizer).is_fast
+    encoder_module._PROVEN.clear()
+
+
+@pytest.mark.parametrize("change", ["a token", "a pad token", "split"])
+def test_what_a_trainer_changes_later_is_noticed_at_once(change: str) -> None:
+    backend = Tokenizer.from_str(tokenizer_of("llama 3").backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    encoder = Encoder(tokenizer)
+    text = "the <new_tool> fox <|pad|> and <|im_end|>"
+    for _ in range(2 * encoder_module.COMPARED_AT_FIRST):
+        assert encoder.encode(text) == expected(tokenizer, text)
+    match change:
+        case "a token":
+            tokenizer.add_tokens(["<new_tool>"])
+        case "a pad token":
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        case "split":
+            tokenizer.split_special_tokens = True
+    assert encoder.encode(text) == expected(tokenizer, text)
+    assert encoder.is_fast == (change != "split")
+    assert encoder.differences == 0
+
+
 def test_a_tokenizer_that_splits_control_tokens_encodes_alone() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("gpt2").backend_tokenizer)
     tokenizer.split_special_tokens = True

@@ -11,7 +11,8 @@ from chats import Agent, chat_of
 from gymlink.align import canonical
 from gymlink.align import history as history_module
 from gymlink.align import record as record_module
-from gymlink.align.history import MAX_CONVERSATIONS, Histories
+from gymlink.align.history import MAX_CONVERSATIONS, MAX_UNANSWERED, Histories
+from gymlink.align.template import PROBE_TOOL
 from gymlink.types import Message
 
 TURNS = 20
@@ -75,9 +76,36 @@ def test_a_history_goes_on_from_the_one_that_it_shares_most_with() -> None:
 
 def test_what_is_remembered_is_bounded() -> None:
     histories = Histories()
+    answer = {"role": "assistant", "content": "an answer"}
     for number in range(MAX_CONVERSATIONS + 9):
-        histories.read([said(str(number))], (), {})
+        history = histories.read([said(str(number))], (), {})
+        histories.expect(history, answer, canonical(answer))
+    for number in range(MAX_UNANSWERED + 9):
+        histories.read([said(f"unanswered {number}")], (), {})
     assert len(histories._latest) == MAX_CONVERSATIONS
+    assert len(histories._unanswered) == MAX_UNANSWERED
+
+
+def test_an_answer_that_is_changed_in_place_is_another_message() -> None:
+    agent = Agent(chat_of("qwen3"))
+    call = {"id": "c", "type": "function", "function": {"name": "probe_tool", "arguments": '{"query": "this"}'}}
+    message = {"role": "assistant", "content": "a look", "tool_calls": [call]}
+    answer = agent.say([said("question")], "sampled", message=message, tools=[PROBE_TOOL])
+    answer["tool_calls"][0]["function"]["arguments"] = '{"query": "other"}'
+    result = {"role": "tool", "tool_call_id": "c", "content": "found"}
+    assert agent.record.plan([said("question"), answer, result], [PROBE_TOOL]).cause == "edited"
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), (0, False)])
+def test_arguments_that_python_takes_for_equal_are_not_the_same(one: object, other: object) -> None:
+    def history(value: object) -> list[Any]:
+        function = {"name": "probe_tool", "arguments": {"query": value}}
+        calls = [{"id": "c", "type": "function", "function": function}]
+        return [said("question"), {"role": "assistant", "content": "", "tool_calls": calls}]
+
+    histories = Histories()
+    first, second = (histories.read(history(value), (), {}) for value in (one, other))
+    assert first.key != second.key
 
 
 def test_reasoning_is_compared_once() -> None:
@@ -88,7 +116,7 @@ def test_reasoning_is_compared_once() -> None:
         answer = agent.say(history, f"answer {turn}", message=message)
         history = over_http([*history, answer, said("more")])
     assert agent.record.plan(history).parent == TURNS - 1
-    assert agent.record._histories._latest[-1].checked == 2 * TURNS
+    assert agent.record._histories._unanswered[-1].checked == 2 * TURNS
     history[1]["reasoning_content"] = "another thought"
     edited = agent.record._histories.read(history, (), {})
     assert edited.checked == 1

@@ -87,6 +87,9 @@ async def test_a_message_is_checked_when_it_first_comes(gateway) -> None:
     for _ in range(2):  # what was refused is not remembered
         status, body = await client.chat([history[0], {**history[1], "tool_call_id": ["c"]}], "0.a")
         assert (status, body["error"]["param"]) == (400, "messages.1.tool_call_id")
+    for field in ("audio", "function_call", "refusal"):
+        status, body = await client.chat([{**history[0], field: {"name": "f"}}, history[1]], "0.a")
+        assert (status, body["error"]["param"]) == (400, f"messages.0.{field}")
     assert len(client.service.rollouts.find("0.a").record.turns) == 1
 
 

@@ -199,6 +199,51 @@ async def test_a_remembered_conversation_is_held_once(gateway, named: bool) -> N
     assert rollout.record.turns[-1].parent == 9
 
 
+RULES = {"role": "system", "content": "rules"}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{"instructions": "rules"}, {"system": True}, {"named": True}],
+        [{"system": True}, {"instructions": "rules"}, {"named": True, "instructions": "rules"}],
+        [{"instructions": "rules"}, {"instructions": "rules", "store": False}, {"instructions": "rules"}],
+    ],
+    ids=["instructions that become an item", "an item that becomes instructions", "one that is not stored"],
+)
+async def test_instructions_are_in_the_prompt_once(gateway, calls: list[dict[str, Any]]) -> None:
+    client = await gateway()
+    rollout = client.service.open("0.a")
+    items: list[Any] = []
+    previous = ""
+    for turn, how in enumerate(calls):
+        new = {"role": "user", "content": f"question {turn}"}
+        whole = [*([RULES] if how.get("system") else []), *items, new]
+        asked = {"input": [new], "previous_response_id": previous} if how.get("named") else {"input": whole}
+        more = {name: how[name] for name in ("instructions", "store") if name in how}
+        status, answer = await client.post("/rollout/0.a/v1/responses", {**asked, **more})
+        assert status == 200
+        items += [new, *answer["output"]]
+        previous = answer["id"]
+    assert [turn.parent for turn in rollout.record.turns] == [None, 0, 1]
+    assert client.service.chat_format.decode(rollout.record.turns[-1].prompt_ids).count("rules") == 1
+
+
+async def test_a_conversation_is_held_once_where_not_all_of_it_is_stored(gateway) -> None:
+    client = await gateway()
+    rollout = client.service.open("0.a")
+    items: list[Any] = []
+    for turn in range(10):
+        new = {"role": "user", "content": f"question {turn}"}
+        asked = {"input": [*items, new], "store": bool(turn % 2)}
+        status, answer = await client.post("/rollout/0.a/v1/responses", asked)
+        assert status == 200
+        items += [new, *answer["output"]]
+    assert [turn.parent for turn in rollout.record.turns] == [None, *range(9)]
+    held = {id(thread): thread for last in rollout.threads.values() for thread in lineage(last)}
+    assert sum(len(thread.added) for thread in held.values()) == 20
+
+
 def lineage(thread: Thread | None) -> Iterator[Thread]:
     while thread is not None:
         yield thread
