@@ -21,8 +21,6 @@ import orjson
 from gymlink.types import Message, Tool
 
 REASONING_FIELDS: Final = ("reasoning_content", "reasoning", "thinking")
-READ_FIELDS: Final = ("role", "content", "tool_calls", *REASONING_FIELDS)
-"""All of a message that its canonical form depends on."""
 _LEADING_THINK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 _JSON = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
 

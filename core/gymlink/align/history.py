@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
-from gymlink.align.canonical import READ_FIELDS, Canonical, canonical, text_of, tool_calls_of, tools_digest
+from gymlink.align.canonical import Canonical, canonical, text_of, tool_calls_of, tools_digest
 from gymlink.types import Message, Tool
 
 ROOT: Final = b""
@@ -22,8 +22,8 @@ MAX_CONVERSATIONS: Final = 64
 """Histories that are remembered: more than there are conversations at a time in one rollout."""
 
 
-_FIELDS: Final = (*READ_FIELDS, "name", "tool_call_id", "audio", "function_call", "refusal")
-"""What a chat template may be given of a message, and what is refused."""
+_IDS: Final = frozenset({"prompt_token_ids", "generation_token_ids", "generation_log_probs"})
+"""Fields that grow with the history, come with each answer, and are never believed."""
 MAX_UNANSWERED: Final = 4
 """Histories that are remembered though no turn came of them, for a call that is made again."""
 
@@ -43,8 +43,8 @@ class Form(NamedTuple):
 class History:
     """The messages of one call. It holds on to no ids of theirs."""
 
-    read: tuple[tuple[Any, ...], ...]
-    """Of each message, all that it is compared by."""
+    read: tuple[Message, ...]
+    """The messages as they came, but for ids and logprobs."""
     forms: tuple[Form, ...]
     chain: tuple[bytes, ...]
     """`chain[n]` stands for the first n messages; silent assistant messages leave it unchanged."""
@@ -81,7 +81,7 @@ class Histories:
         check: Check | None = None,
     ) -> History:
         """The history of these messages. What `check` raises is raised, and the messages are not remembered."""
-        read = tuple([_read(message) for message in messages])
+        read = tuple([message if _IDS.isdisjoint(message) else _without_ids(message) for message in messages])
         known, same = self._nearest(read)
         forms, chain, has_objects = [*known.forms[:same]], [*known.chain[: same + 1]], known.has_objects
         for place in range(same, len(messages)):
@@ -109,7 +109,7 @@ class Histories:
     def expect(self, history: History, answer: Message, form: Canonical) -> None:
         """An agent goes on from this history with the answer that it was given: most send it back as it is."""
         expected = History(
-            read=(*history.read, _read({**answer, "tool_calls": _copied(answer.get("tool_calls"))})),
+            read=(*history.read, _copied(answer)),
             forms=(*history.forms, _kept(form)),
             chain=(*history.chain, link(history.key, form)),
             has_objects=history.has_objects or _has_objects(answer),
@@ -120,7 +120,7 @@ class Histories:
         self._latest = [*(one for one in self._latest if one not in gone), expected][-MAX_CONVERSATIONS:]
         history.goes_on_from = None
 
-    def _nearest(self, read: tuple[tuple[Any, ...], ...]) -> tuple[History, int]:
+    def _nearest(self, read: tuple[Message, ...]) -> tuple[History, int]:
         """The remembered history that begins like this one for longest, and for how many messages."""
         nearest, most = History((), (), (ROOT,)), 0
         for history in (*reversed(self._unanswered), *reversed(self._latest)):
@@ -134,8 +134,8 @@ class Histories:
         return nearest, most
 
 
-def _read(message: Message) -> tuple[Any, ...]:
-    return tuple(map(message.get, _FIELDS))
+def _without_ids(message: Message) -> Message:
+    return {name: value for name, value in message.items() if name not in _IDS}
 
 
 def _has_objects(message: Message) -> bool:
@@ -148,14 +148,15 @@ def _arguments(call: Mapping[str, Any]) -> Any:
     return function.get("arguments") if isinstance(function, Mapping) else None
 
 
-def _copied(calls: Any) -> Any:
-    """Tool calls as they are now: whoever has the answer may change it."""
+def _copied(answer: Message) -> Message:
+    """The answer as it is now: whoever has it may change it."""
+    calls = answer.get("tool_calls")
     if not isinstance(calls, list):
-        return calls
-    return [_copied_call(call) if isinstance(call, Mapping) else call for call in calls]
+        return {**answer}
+    return {**answer, "tool_calls": [_copied_call(call) if isinstance(call, Mapping) else call for call in calls]}
 
 
-def _copied_call(call: Mapping[str, Any]) -> dict[str, Any]:
+def _copied_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
     function = call.get("function")
     return {**call, "function": {**function}} if isinstance(function, Mapping) else {**call}
 
