@@ -107,9 +107,12 @@ class Histories:
         return history
 
     def expect(self, history: History, answer: Message, form: Canonical) -> None:
-        """An agent goes on from this history with the answer that it was given: most send it back as it is."""
+        """An agent goes on from this history with the answer that it was given: most send it back as it is.
+
+        The answer is kept: give a copy of what others may change.
+        """
         expected = History(
-            read=(*history.read, _copied(answer)),
+            read=(*history.read, answer),
             forms=(*history.forms, _kept(form)),
             chain=(*history.chain, link(history.key, form)),
             has_objects=history.has_objects or _has_objects(answer),
@@ -148,7 +151,7 @@ def _arguments(call: Mapping[str, Any]) -> Any:
     return function.get("arguments") if isinstance(function, Mapping) else None
 
 
-def _copied(answer: Message) -> Message:
+def copied(answer: Message) -> Message:
     """The answer as it is now: whoever has it may change it."""
     calls = answer.get("tool_calls")
     if not isinstance(calls, list):

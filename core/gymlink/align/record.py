@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from gymlink.align.base import NO_ARGS, ChatFormat
 from gymlink.align.canonical import REASONING_FIELDS, Canonical, canonical, split_reasoning, text_of, tool_calls_of
-from gymlink.align.history import Check, Histories, History, link
+from gymlink.align.history import Check, Histories, History, copied, link
 from gymlink.types import ForkCause, Generation, Message, TokenIds, Tool, Turn
 
 _MARK: Final = "Zq" + secrets.token_hex(12)
@@ -186,7 +186,8 @@ class RolloutRecord:
         )
         if added is None:
             return _fresh(call, self._why_not_extended(call, index, length), (index, length))
-        return PromptPlan(held + (more := TokenIds(added)), more, index, None, length, length, call.history)
+        ids = TokenIds(added)
+        return PromptPlan(held + ids, ids, index, None, length, length, call.history)
 
     def add(self, plan: PromptPlan, generation: Generation, message: Message) -> Turn:
         """Remember what was sampled after `plan`, and the assistant message that the agent was given for it."""
@@ -204,6 +205,7 @@ class RolloutRecord:
         )
         history, index = plan._history, turn.index
         form = canonical(message)
+        message = copied(message)
         self._histories.expect(history, message, form)
         said = _after(history, message, form)
         digests = frozenset(one.digest for one, _ in said)
