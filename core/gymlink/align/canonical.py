@@ -20,6 +20,8 @@ import orjson
 
 from gymlink.types import Message, Tool
 
+ID_FIELDS: Final = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
+"""What Gym asks for on a message, and sends back on the next turn."""
 REASONING_FIELDS: Final = ("reasoning_content", "reasoning", "thinking")
 _LEADING_THINK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 _JSON = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS

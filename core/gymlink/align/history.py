@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
-from gymlink.align.canonical import Canonical, canonical, text_of, tool_calls_of, tools_digest
+from gymlink.align.canonical import ID_FIELDS, Canonical, canonical, text_of, tool_calls_of, tools_digest
 from gymlink.types import Message, Tool
 
 ROOT: Final = b""
 """The key of a history without messages."""
 MAX_CONVERSATIONS: Final = 64
 """Histories that are remembered: more than there are conversations at a time in one rollout."""
-
-
-_IDS: Final = frozenset({"prompt_token_ids", "generation_token_ids", "generation_log_probs"})
+_IDS: Final = frozenset(ID_FIELDS)
 """Fields that grow with the history, come with each answer, and are never believed."""
 MAX_UNANSWERED: Final = 4
 """Histories that are remembered though no turn came of them, for a call that is made again."""
@@ -54,7 +52,7 @@ class History:
     has_objects: bool = False
     """Whether a tool is called with something else than text: 1 and true are equal for Python, and not the same."""
     goes_on_from: History | None = None
-    """The remembered history that it extends, until an answer comes of it."""
+    """The history with an answer that it extends, until an answer comes of it too."""
     checked: int = 0
     """Messages at the beginning whose reasoning is known to be what was sampled, or none."""
 
@@ -100,7 +98,7 @@ class Histories:
             tools=tools_digest(tools, template_args),
             prefilled=text_of(messages[-1].get("content")) if resumed else None,
             has_objects=has_objects,
-            goes_on_from=known if same == len(known) else None,
+            goes_on_from=self._answered(known) if same and same == len(known) else None,
             checked=min(known.checked, same),
         )
         self._unanswered = [*self._unanswered, history][-MAX_UNANSWERED:]
@@ -122,6 +120,10 @@ class Histories:
         self._unanswered = [one for one in self._unanswered if one not in gone]
         self._latest = [*(one for one in self._latest if one not in gone), expected][-MAX_CONVERSATIONS:]
         history.goes_on_from = None
+
+    def _answered(self, known: History) -> History | None:
+        """This history, or the one that it extends where no answer came of it: none holds on to a chain of others."""
+        return known.goes_on_from if any(one is known for one in self._unanswered) else known
 
     def _nearest(self, read: tuple[Message, ...]) -> tuple[History, int]:
         """The remembered history that begins like this one for longest, and for how many messages."""

@@ -8,10 +8,9 @@ from gymlink.gateway.rollouts import OpenRollout
 from gymlink.gateway.router import Router, new_rollout_id
 from gymlink.gateway.server import GatewayServer
 from gymlink.gateway.service import POLICY, PolicyService, Totals
-from gymlink.gateway.wire import ID_FIELDS, ROLLOUT_FIELD, WireError, json_response, parse_body
+from gymlink.gateway.wire import ROLLOUT_FIELD, WireError, json_response, parse_body
 
 __all__ = [
-    "ID_FIELDS",
     "POLICY",
     "ROLLOUT_FIELD",
     "GatewayServer",

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 
+from gymlink.align import ID_FIELDS
 from gymlink.gateway.call import Answer, Call, Thread, shown_tools
-from gymlink.gateway.wire import ID_FIELDS, Request, invalid, objects, text_field
+from gymlink.gateway.wire import Request, invalid, objects, text_field
 from gymlink.types import Message, TokenIds, Tool, Turn
 
 

@@ -19,9 +19,6 @@ from gymlink.packed import to_json
 ROLLOUT_FIELD = "gymlink_rollout"
 """Body field that names the rollout; Gym copies it there from a row's `metadata.extra_body`."""
 
-ID_FIELDS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
-"""What Gym asks for on a message, and sends back on the next turn."""
-
 PINNED = frozenset({"temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty"})
 """How to sample is the trainer's to say: an agent's own values would bias the importance ratios."""
 

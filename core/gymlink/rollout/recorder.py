@@ -15,8 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from gymlink.align import segment_of
-from gymlink.gateway import ID_FIELDS
+from gymlink.align import ID_FIELDS, segment_of
 from gymlink.rollout.figures import Figures
 from gymlink.rollout.response import output_items
 from gymlink.types import ForkCause, Logprobs, Rollout, Segment, Turn

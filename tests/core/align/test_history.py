@@ -86,6 +86,24 @@ def test_what_is_remembered_is_bounded() -> None:
     assert len(histories._unanswered) == MAX_UNANSWERED
 
 
+def test_what_is_asked_for_and_not_answered_holds_on_to_no_chain() -> None:
+    """As `/tokenize` does before each call: the history goes on from one that no answer came of."""
+    histories = Histories()
+    messages: list[Any] = []
+    for turn in range(9):
+        messages = [*messages, said(f"question {turn}")]
+        for _ in range(2):
+            history = histories.read(messages, (), {})
+        assert history.goes_on_from is (histories._latest[-1] if turn else None)
+        answer = {"role": "assistant", "content": f"answer {turn}"}
+        histories.expect(history, answer, canonical(answer))
+        messages = [*messages, answer]
+        assert len(histories._latest) == 1
+    for turn in range(9):
+        messages = [*messages, said(f"never answered {turn}")]
+        assert histories.read(messages, (), {}).goes_on_from is histories._latest[-1]
+
+
 def test_an_answer_that_is_changed_in_place_is_another_message() -> None:
     agent = Agent(chat_of("qwen3"))
     call = {"id": "c", "type": "function", "function": {"name": "probe_tool", "arguments": '{"query": "this"}'}}

@@ -2,10 +2,10 @@ from typing import Any
 
 import pytest
 
-from gymlink.align import Parsed, ToolCall
+from gymlink.align import ID_FIELDS, Parsed, ToolCall
 from gymlink.gateway.call import Answer, assistant_message
 from gymlink.gateway.chat import ChatRequest, TokenizeRequest
-from gymlink.gateway.wire import ID_FIELDS, WireError
+from gymlink.gateway.wire import WireError
 from gymlink.types import Turn
 
 MESSAGES = [{"role": "user", "content": "hi"}]

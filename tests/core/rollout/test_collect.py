@@ -8,11 +8,12 @@ from typing import Any
 import orjson
 import pytest
 
+from gymlink.align import ID_FIELDS
 from gymlink.config import AlignmentSettings, RolloutSettings
 from gymlink.engines import ScriptedEngine
 from gymlink.errors import ConfigError, EngineError, GymRequestError, RolloutError
 from gymlink.gateway import PolicyService
-from gymlink.gateway.wire import ID_FIELDS, WireError
+from gymlink.gateway.wire import WireError
 from gymlink.rollout import Claims, Collector
 from gymlink.types import Rollout, RolloutRequest, RolloutStatus, Sampling
 from policy_calls import chat
